@@ -1,0 +1,41 @@
+# Every target sets itself up: .venv is created, and refreshed when pyproject.toml changes.
+# PYTHON picks the interpreter the environment is made with (3.11 or newer).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-nightly lint bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+$(STAMP): pyproject.toml
+	@echo "Setting up $(VENV) (once; PyTorch is a large download)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable ".[daemon,dev]"
+	@touch $@
+
+demo: $(STAMP)  ## drop sample images, watch them learnt, exported and swapped under a live client
+	$(BIN)/python examples/demo/demo.py
+
+test: $(STAMP)  ## the everyday tests
+	$(BIN)/python -m pytest -m "not nightly"
+
+test-nightly: $(STAMP)  ## the long tests, before a release
+	$(BIN)/python -m pytest -m nightly
+
+lint: $(STAMP)  ## ruff, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## measure on the full image packs of ../shared/data
+	$(BIN)/python -m benchmarks.stages
+	$(BIN)/python -m benchmarks.native_inbox
+
+clean:  ## remove .venv, caches and the demo's home
+	rm -rf $(VENV) demo-home build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
