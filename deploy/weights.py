@@ -1,0 +1,223 @@
+"""weights.safetensors: torch checkpoint and external data of both graphs in one file.
+
+ONNX Runtime maps external data from its offsets, and wants them aligned to 4096 bytes; safetensors
+allows no holes between tensors. So the header is padded with spaces to a multiple of 4096, the
+tensors whose size is a multiple of 4096 come first, and the (small) rest follows. The places are a
+function of names, shapes and dtypes alone: graphs exported once fit every later weights file.
+
+Knows nothing of models or versions; tensors come and go as numpy arrays, one at a time where the
+caller allows it (a memory-mapped source costs no memory).
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy import atomic
+from deploy.errors import WeightsError
+from deploy.manifest import FileRecord
+
+Array = NDArray[Any]
+Prepare = Callable[[str, Array], Array]
+
+ALIGNMENT_BYTES = 4096
+# The default header of a weights file; the graphs' offsets rely on it never changing.
+_METADATA: Mapping[str, str] = {"format": "pt"}
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_PIECE_BYTES = 8 << 20
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor: all that its place in the file depends on."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def spec_of(tensors: Mapping[str, Array]) -> dict[str, TensorSpec]:
+    """Return shape and dtype of every tensor."""
+    return {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def layout(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """Return {name: (offset, length)} in bytes from the start of the weights file, in file order.
+
+    Raises:
+        WeightsError: a dtype that a weights file cannot hold.
+    """
+    places, start = _places(specs), len(_header(specs, _METADATA))
+    return {name: (start + begin, end - begin) for name, (begin, end) in places.items()}
+
+
+def write_weights(
+    path: Path,
+    tensors: Mapping[str, Array],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    prepare: Prepare | None = None,
+) -> FileRecord:
+    """Write the tensors durably and return the sha256 and size of what was written.
+
+    Args:
+        metadata: strings for the header. Leave it out for a file that graphs point into: the places
+            that layout() gives hold for the default header only.
+        prepare: called with name and tensor just before the tensor is written, so that only one
+            changed tensor is in memory at a time; it must keep shape and dtype.
+
+    Raises:
+        WeightsError: a dtype that the file cannot hold, or ``prepare`` changed shape or dtype.
+        OSError: for instance a full disk; nothing was changed.
+    """
+    specs = spec_of(tensors)
+    header = _header(specs, _METADATA if metadata is None else metadata)
+    size = len(header) + sum(spec.size_bytes for spec in specs.values())
+    digest = hashlib.sha256()
+
+    def pieces() -> Iterator[bytes]:
+        digest.update(header)
+        yield header
+        for name in _places(specs):
+            tensor = tensors[name] if prepare is None else prepare(name, tensors[name])
+            if tensor.shape != specs[name].shape or tensor.dtype != specs[name].dtype:
+                raise WeightsError(
+                    f"tensor {name} must stay {specs[name].shape} {specs[name].dtype} while it is written, "
+                    f"found {tensor.shape} {tensor.dtype}"
+                )
+            for piece in _pieces_of(tensor):
+                digest.update(piece)
+                yield piece
+
+    atomic.write_file(path, pieces(), size_bytes=size)
+    return FileRecord(sha256=digest.hexdigest(), bytes=size)
+
+
+def read_weights(path: Path) -> dict[str, Array]:
+    """Map every tensor of a safetensors file (read-only views; pages are read when they are touched).
+
+    Raises:
+        WeightsError: the file is missing, cut short, or not a safetensors file.
+    """
+    header, data_start, size = _read_header(path)
+    entries = {name: _entry(path, name, value) for name, value in header.items() if name != "__metadata__"}
+    needed = data_start + max((end for _, _, end in entries.values()), default=0)
+    if size != needed:
+        raise WeightsError(
+            f"{path} is {'cut short' if size < needed else 'longer than its header says'}: "
+            f"expected {needed} bytes, found {size}. Copy or download it again."
+        )
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    return {
+        name: content[data_start + begin : data_start + end].view(spec.dtype).reshape(spec.shape)
+        for name, (spec, begin, end) in entries.items()
+    }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the strings in a safetensors file's header.
+
+    Raises:
+        WeightsError: the file is missing, cut short, or not a safetensors file.
+    """
+    metadata = _read_header(path)[0].get("__metadata__", {})
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def _places(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[int, int]]:
+    """Return {name: (begin, end)} within the data part, in file order."""
+    # Wider dtypes first among the rest, so that every tensor starts at a multiple of its item size.
+    order = sorted(
+        specs,
+        key=lambda name: (specs[name].size_bytes % ALIGNMENT_BYTES != 0, -specs[name].dtype.itemsize, name),
+    )
+    places, begin = {}, 0
+    for name in order:
+        places[name] = (begin, begin + specs[name].size_bytes)
+        begin = places[name][1]
+    return places
+
+
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Return length field and JSON header, padded with spaces to a multiple of 4096 bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name, place in _places(specs).items():
+        spec = specs[name]
+        if spec.dtype not in _CODES:
+            raise WeightsError(f"tensor {name} is {spec.dtype}; a weights file holds {', '.join(_DTYPES)}")
+        entries[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": list(place)}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padded = -(-(8 + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES - 8
+    return struct.pack("<Q", padded) + text.ljust(padded)
+
+
+def _pieces_of(tensor: Array) -> Iterator[bytes]:
+    flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+    for begin in range(0, flat.size, _PIECE_BYTES):
+        yield flat[begin : begin + _PIECE_BYTES].tobytes()
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the parsed header, where the data starts, and the file's size, both in bytes."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            text = file.read(min(length, _MAX_HEADER_BYTES))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} does not exist. Expected a safetensors file there.") from error
+    if len(prefix) < 8 or (length <= _MAX_HEADER_BYTES and len(text) < length):
+        raise WeightsError(
+            f"{path} is cut short: expected at least {8 + length} bytes of header, found {size}. "
+            "Copy or download it again."
+        )
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"{path} is not a safetensors file: its header is not JSON.") from error
+    if not isinstance(header, dict):
+        raise WeightsError(f"{path} is not a safetensors file: its header is not a JSON object.")
+    return header, 8 + length, size
+
+
+def _entry(path: Path, name: str, value: Any) -> tuple[TensorSpec, int, int]:
+    """Return spec, begin and end of one header entry."""
+    try:
+        spec = TensorSpec(tuple(int(side) for side in value["shape"]), _DTYPES[value["dtype"]])
+        begin, end = (int(offset) for offset in value["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: the header entry of tensor {name} cannot be used: expected dtype (one of "
+            f"{', '.join(_DTYPES)}), shape and data_offsets, found {str(value)[:120]}"
+        ) from error
+    if begin < 0 or end - begin != spec.size_bytes:
+        raise WeightsError(
+            f"{path}: tensor {name} needs {spec.size_bytes} bytes, its header entry gives {end - begin}"
+        )
+    return spec, begin, end
