@@ -1,0 +1,130 @@
+"""The only file that imports open_clip: bundled model, hub tag, local checkpoint, or a published version."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import QuickGELU
+from torch import nn
+
+from dynlora.attach import check_supported
+from dynlora.errors import ModelError
+
+BUNDLED_DIR = Path(__file__).parent / "bundled"
+BUNDLED_CONFIG = BUNDLED_DIR / "tiny-clip-v0.json"
+BUNDLED_WEIGHTS = BUNDLED_DIR / "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP in float32 on the CPU, in eval mode, with all that is needed to feed and rebuild it."""
+
+    model: nn.Module
+    architecture: str
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+    tokenizer: Any = field(repr=False)  # open_clip's; called with a list of strings → (N, context) int64
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per prompt."""
+        return int(self.model.context_length)  # type: ignore[arg-type]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        size = self.preprocess_cfg["size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def load_clip(architecture: str = "bundled", pretrained: str | None = None) -> Clip:
+    """Load a CLIP to start from.
+
+    Args:
+        architecture: `bundled`, an open_clip name such as `ViT-B-16`, `hf-hub:org/repo` or `local-dir:PATH`.
+        pretrained: an open_clip tag such as `openai`, or a local checkpoint file. Bundled needs none.
+
+    Raises:
+        ModelError: unknown name, missing or broken weights, or an architecture that cannot be adapted.
+    """
+    if architecture == "bundled":
+        open_clip.add_model_config(BUNDLED_CONFIG)
+        architecture, pretrained = BUNDLED_CONFIG.stem, pretrained or str(BUNDLED_WEIGHTS)
+    has_weights = architecture.startswith(("hf-hub:", "local-dir:"))
+    if not pretrained and not has_weights:
+        raise ModelError(
+            f"{architecture} was named without weights; "
+            "expected --pretrained with an open_clip tag or a local file"
+        )
+    try:
+        model = open_clip.create_model(
+            architecture, pretrained=pretrained, precision="fp32", weights_only=True
+        )
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:  # open_clip and the hub raise whatever they like
+        raise ModelError(f"cannot load {architecture} with weights {pretrained!r}: {error}") from error
+    model_cfg = _model_config(architecture, model)
+    return _checked(Clip(model, architecture, model_cfg, _preprocess_config(model), tokenizer))
+
+
+def load_version(config_path: Path, weights_path: Path, architecture: str) -> Clip:
+    """Load a published version: `config_path` is its open_clip_config.json, `weights_path` its safetensors.
+
+    Raises:
+        ModelError: the files do not fit together, or are damaged.
+    """
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        model = open_clip.CLIP(**config["model_cfg"])
+        incompatible = open_clip.load_checkpoint(model, str(weights_path), strict=True)
+    except Exception as error:
+        raise ModelError(f"cannot load {weights_path} as described by {config_path}: {error}") from error
+    assert not incompatible or not any(incompatible), incompatible
+    open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])
+    tokenizer = open_clip.SimpleTokenizer(
+        context_length=config["model_cfg"]["text_cfg"].get("context_length", 77)
+    )
+    return _checked(Clip(model, architecture, config["model_cfg"], config["preprocess_cfg"], tokenizer))
+
+
+def _checked(clip: Clip) -> Clip:
+    if type(clip.model) is not open_clip.CLIP:
+        raise ModelError(
+            f"{clip.architecture} builds a {type(clip.model).__name__}; "
+            "only open_clip's native CLIP can be adapted yet"
+        )
+    if not isinstance(clip.tokenizer, open_clip.SimpleTokenizer):
+        raise ModelError(
+            f"{clip.architecture} uses {type(clip.tokenizer).__name__}; expected CLIP's own BPE tokenizer"
+        )
+    check_supported(clip.model)
+    clip.model.eval().requires_grad_(False)
+    return clip
+
+
+def _model_config(architecture: str, model: nn.Module) -> dict[str, Any]:
+    """What rebuilds `model` by `open_clip.CLIP(**config)`, weights apart."""
+    if architecture.startswith("local-dir:"):
+        path = Path(architecture.removeprefix("local-dir:")) / "open_clip_config.json"
+        config = dict(json.loads(path.read_text(encoding="utf-8"))["model_cfg"])
+    else:
+        config = dict(open_clip.get_model_config(architecture) or {})
+    if not config:
+        raise ModelError(f"{architecture} has no open_clip config that could be kept beside its weights")
+    config.pop("custom_text", None)
+    # A tag such as `openai` can switch the activation behind the config's back.
+    if any(isinstance(module, QuickGELU) for module in model.modules()):
+        config["quick_gelu"] = True
+    return config
+
+
+def _preprocess_config(model: nn.Module) -> dict[str, Any]:
+    return dict(open_clip.get_model_preprocess_cfg(model))
+
+
+def state_arrays(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict in float32, contiguous, detached: what a version's weights file holds."""
+    return {key: value.detach().float().contiguous() for key, value in model.state_dict().items()}

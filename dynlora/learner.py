@@ -1,0 +1,188 @@
+"""Adapt a CLIP to one task: dense phase, κ ramp, prune (CoDyRA, arXiv 2412.01004, algorithm 1).
+
+The model is given back as it came; what was learnt is the returned, pruned low-rank update. Merging it
+into the weights is the publisher's job. Knows nothing of files or clocks: same task, settings and seed,
+same update, also when resumed from any of its checkpoints.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dynlora import attach, checkpoint
+from dynlora.attach import Site
+from dynlora.clip import Clip
+from dynlora.errors import Interrupted
+from dynlora.objectives import Objective, build_objective
+from dynlora.rank import kappa_at, prune, soft_threshold
+from dynlora.settings import Settings
+from dynlora.task import Task
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where learning stands, after a step."""
+
+    step: int  # steps done
+    steps: int  # steps in all
+    loss: float
+    kept_rank: float  # mean over the adapted matrices
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How the outside takes part. All optional."""
+
+    on_progress: Callable[[Progress], None] = lambda _: None
+    should_stop: Callable[[], bool] = lambda: False  # asked after every step
+    should_save: Callable[[], bool] = lambda: False  # asked after every step
+    save: Callable[[bytes], None] = lambda _: None  # keep a checkpoint
+    resume_from: bytes | None = None  # a checkpoint of the same task, settings and seed
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The pruned update of one matrix: ΔW[row_start:row_stop] = lora_B diag(importance) lora_A."""
+
+    site: str
+    key: str
+    row_start: int
+    row_stop: int
+    lora_B: Tensor  # (out, rank)
+    lora_A: Tensor  # (rank, in)
+    importance: Tensor  # (rank,)
+
+    def delta(self) -> Tensor:
+        """(out, in), float32."""
+        return (self.lora_B * self.importance) @ self.lora_A
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What one task taught."""
+
+    factors: list[Factor]  # matrices whose rank fell to 0 are absent
+    ranks: dict[str, int]  # kept rank of every adapted matrix, zeros included
+    steps: int
+    loss: float  # of the last step
+    scale: float = field(default=1.0)  # the share of the update kept by the line search
+
+    @property
+    def delta_norm(self) -> float:
+        """‖ΔW‖_F over all matrices."""
+        return math.sqrt(sum(float(factor.delta().double().square().sum()) for factor in self.factors))
+
+
+def adapt(clip: Clip, task: Task, settings: Settings, *, seed: int, hooks: Hooks | None = None) -> Adaptation:
+    """Learn `task` and return the pruned update.
+
+    Raises:
+        Interrupted: `hooks.should_stop` said so; a checkpoint was saved first.
+        CheckpointError: `hooks.resume_from` belongs to another task, other settings or another seed.
+        ModelError: the architecture cannot be adapted.
+    """
+    hooks = hooks or Hooks()
+    objective = build_objective(clip, task, settings, seed=seed)
+    with attach.attached(clip.model, settings.rank) as sites:
+        attach.reset(sites, seed=seed, random_importance=settings.random_importance)
+        run = _Run(sites, objective, settings, steps=settings.steps_for(len(task.labels)), seed=seed)
+        if hooks.resume_from is not None:
+            run.restore(hooks.resume_from)
+        loss = run.work(hooks)
+        scale = objective.choose_scale(sites)
+        factors, ranks = _pruned(sites, scale)
+    return Adaptation(factors, ranks, run.steps, loss, scale)
+
+
+class _Run:
+    """The loop and its state: parameters, Adam's moments, and the number of steps done."""
+
+    def __init__(
+        self, sites: list[Site], objective: Objective, settings: Settings, *, steps: int, seed: int
+    ) -> None:
+        self.sites, self.objective, self.settings = sites, objective, settings
+        self.steps, self.seed = steps, seed
+        self.step = 0
+        self.loss = math.nan
+        self.importances: list[Tensor] = [site.lora.importance for site in sites]
+        self.optimizer = torch.optim.AdamW(
+            objective.parameter_groups(sites),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+
+    def work(self, hooks: Hooks) -> float:
+        """Do the remaining steps; returns the last loss."""
+        while self.step < self.steps:
+            self._one_step()
+            hooks.on_progress(Progress(self.step, self.steps, self.loss, self._kept_rank()))
+            stopping = hooks.should_stop() and self.step < self.steps
+            if stopping or hooks.should_save():
+                hooks.save(self.checkpoint())
+            if stopping:
+                raise Interrupted(
+                    f"stopped after step {self.step} of {self.steps}; the checkpoint resumes there"
+                )
+        return self.loss
+
+    def _one_step(self) -> None:
+        decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * decay
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.objective.loss(self.step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self._threshold()
+        self.step += 1
+        self.loss = float(loss.detach())
+
+    def _threshold(self) -> None:
+        s = self.settings
+        kappa = kappa_at(
+            self.step,
+            steps=self.steps,
+            dense_fraction=s.dense_fraction,
+            kappa_max=s.kappa_max,
+            levels=s.kappa_levels,
+        )
+        if kappa == 0:
+            return
+        with torch.no_grad():  # all gates in one go: the proximal step of λ‖w‖₁
+            gates = soft_threshold(torch.cat(self.importances), kappa, operator=s.threshold)
+            for importance, gate in zip(self.importances, torch.split(gates, s.rank), strict=True):
+                importance.copy_(gate)
+
+    def _kept_rank(self) -> float:
+        with torch.no_grad():
+            return float(torch.count_nonzero(torch.cat(self.importances))) / len(self.sites)
+
+    def checkpoint(self) -> bytes:
+        """Everything the next step depends on."""
+        state = self.optimizer.state
+        groups = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return checkpoint.pack(groups, state, step=self.step, seed=self.seed, settings=self.settings)
+
+    def restore(self, content: bytes) -> None:
+        """Continue from a checkpoint of this very run."""
+        groups = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.step = checkpoint.unpack(
+            content, groups, self.optimizer.state, seed=self.seed, settings=self.settings
+        )
+
+
+def _pruned(sites: list[Site], scale: float) -> tuple[list[Factor], dict[str, int]]:
+    factors, ranks = [], {}
+    for site in sites:
+        lora = site.lora
+        b, a, w = prune(lora.lora_B.detach(), lora.lora_A.detach(), lora.importance.detach() * scale)
+        ranks[site.name] = len(w)
+        if len(w):
+            factors.append(Factor(site.name, site.key, site.row_start, site.row_stop, b, a, w))
+    return factors, ranks

@@ -1,0 +1,96 @@
+"""Rank-selective LoRA layers: y = x Wᵀ + b + ((x Aᵀ) ⊙ w) Bᵀ  (CoDyRA, arXiv 2412.01004, eq. 3).
+
+The wrapped weights are frozen and never written to: merging is somebody else's job, done once, in one place.
+Shapes: B batch, L tokens, D width, r rank.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRA(nn.Module):
+    """The low-rank update of one weight matrix (out, in): ΔW = lora_B diag(importance) lora_A."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features))  # (r, in)
+        self.lora_B = nn.Parameter(torch.empty(out_features, rank))  # (out, r)
+        self.importance = nn.Parameter(torch.empty(rank))  # (r,)
+
+    def reset(self, generator: torch.Generator, *, random_importance: bool) -> None:
+        """Start at ΔW = 0: A Kaiming-uniform (a = √5), B zero; importance N(0, 1) as published, or all 1."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])  # what kaiming_uniform_(a=√5) comes to
+        with torch.no_grad():
+            self.lora_A.uniform_(-bound, bound, generator=generator)
+            self.lora_B.zero_()
+            if random_importance:
+                self.importance.normal_(generator=generator)
+            else:
+                self.importance.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return F.linear(F.linear(x, self.lora_A) * self.importance, self.lora_B)
+
+    def delta(self) -> Tensor:
+        """ΔW, (out, in)."""
+        return (self.lora_B * self.importance) @ self.lora_A
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a low-rank update beside it."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.lora = LoRA(base.in_features, base.out_features, rank)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, which open_clip looks at for its dtype."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        update: Tensor = self.lora(x)
+        return F.linear(x, self.base.weight, self.base.bias) + update
+
+
+class LoRAAttention(nn.Module):
+    """Stands in for `nn.MultiheadAttention` in self-attention, with updates on q, k, v and out.
+
+    q, k and v are rows [0, D), [D, 2D), [2D, 3D) of the fused in_proj_weight, which is multiplied once.
+    """
+
+    def __init__(self, base: nn.MultiheadAttention, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        width = base.embed_dim
+        self.q, self.k, self.v = (LoRA(width, width, rank) for _ in range(3))
+        self.out = LoRALinear(base.out_proj, rank)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        need_weights: bool,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """(B, L, D) three times the same → (B, L, D), None. `attn_mask` (L, L) is added to the scores."""
+        assert query is key and key is value and not need_weights, "self-attention only"
+        x = query
+        fused = F.linear(x, self.base.in_proj_weight, self.base.in_proj_bias)  # (B, L, 3D)
+        fused = fused + torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+        q, k, v = (self._split_heads(part) for part in fused.chunk(3, dim=-1))  # (B, heads, L, D / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out, None
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        return x.view(batch, length, self.base.num_heads, width // self.base.num_heads).transpose(1, 2)

@@ -1,0 +1,100 @@
+"""What a step minimises: the published loss.
+
+An objective owns the task's tensors and prompts; the loop in `learner.py` only asks for a loss per step.
+Shapes: B images of a step, C classes of the task, S names seen before.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynlora import prompts
+from dynlora.attach import Site
+from dynlora.clip import Clip
+from dynlora.settings import Settings
+from dynlora.task import Task
+
+
+class Objective(Protocol):
+    """One task's loss, and what belongs to it."""
+
+    def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
+        """AdamW's parameter groups over everything trainable."""
+
+    def loss(self, step: int) -> Tensor:
+        """The loss of step number `step`; everything random about it follows from seed and step."""
+
+    def choose_scale(self, sites: list[Site]) -> float:
+        """The share of the learnt update to keep, in (0, 1]; asked once, after the last step."""
+
+
+class PublishedObjective:
+    """CoDyRA's supervised loss: cross-entropy image→text over the task's classes, plus text→image.
+
+    The target of a class row is the indicator of its images in the batch, not normalised. Names seen before
+    add rows with an all-zero target to the text→image mean: they only rescale it, so they are not encoded.
+    Over a single class the loss is 0: nothing can be learnt from it.
+    """
+
+    def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
+        self.model, self.task = clip.model, task
+        self.prompts = prompts.tokenize(
+            clip, [c.name for c in task.classes], [c.template for c in task.classes]
+        )
+        self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
+        self.batches = BatchSampler(len(task.labels), settings.batch_size, seed=seed)
+        self.seen_rows = len(task.known)
+
+    def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
+        """One group: the published recipe treats all parameters alike."""
+        return [{"params": list(itertools.chain(*(site.lora.parameters() for site in sites)))}]
+
+    def loss(self, step: int) -> Tensor:
+        """Image→text plus text→image cross-entropy."""
+        index = self.batches.at(step)
+        labels = self.task.labels[index]
+        images = F.normalize(self.model.visual(self.task.pixels[index]), dim=-1)  # type: ignore[operator]
+        texts = prompts.encode_text(self.model, self.prompts)
+        logits = self.scale * images @ texts.T  # (B, C)
+        members = F.one_hot(labels, len(texts)).T.float()  # (C, B)
+        text_to_image = F.cross_entropy(logits.T, members) * len(texts) / (len(texts) + self.seen_rows)
+        return F.cross_entropy(logits, labels) + text_to_image
+
+    def choose_scale(self, sites: list[Site]) -> float:  # noqa: ARG002 - part of the protocol
+        """The whole update, as published."""
+        return 1.0
+
+
+class BatchSampler:
+    """Which images make up step n: an endless stream of seeded shuffles, cut into batches. Stateless."""
+
+    def __init__(self, images: int, batch_size: int, *, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.batch_size = min(batch_size, images)
+
+    def at(self, step: int) -> Tensor:
+        """(B,) indices for `step`."""
+        first = step * self.batch_size
+        return torch.cat(list(self._pieces(first, first + self.batch_size)))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        while start < stop:
+            epoch, offset = divmod(start, self.images)
+            order = torch.randperm(self.images, generator=generator_for(self.seed, epoch))
+            piece = order[offset : offset + stop - start]
+            yield piece
+            start += len(piece)
+
+
+def generator_for(seed: int, number: int) -> torch.Generator:
+    """A generator of its own for every (seed, number): resuming needs no random state."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+
+
+def build_objective(clip: Clip, task: Task, settings: Settings, *, seed: int) -> Objective:
+    """The objective that `settings` names."""
+    return PublishedObjective(clip, task, settings, seed=seed)

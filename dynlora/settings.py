@@ -1,0 +1,50 @@
+"""How to learn: one settings object, two presets."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from dynlora.errors import DynloraError
+from dynlora.rank import Operator
+
+
+class SettingsError(DynloraError):
+    """A setting has a value that cannot work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what a task teaches, seed and images apart. Defaults: the published recipe."""
+
+    objective: Literal["published", "default"] = "published"
+    rank: int = 16  # of each matrix's update before pruning
+    steps: int | None = 500  # None: chosen from the number of images
+    batch_size: int = 64  # images per step
+    learning_rate: float = 5e-4  # peak; cosine to 0 without warm-up
+    betas: tuple[float, float] = (0.9, 0.9999)
+    weight_decay: float = 0.0
+    dense_fraction: float = 0.5  # share of the steps before any thresholding
+    kappa_max: float = 0.005  # threshold at the end of the ramp
+    kappa_levels: int = 50  # stairs of the ramp
+    threshold: Operator = "paper"
+    random_importance: bool = True  # gates start at N(0, 1) as published, else all at 1
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "batch_size", "kappa_levels"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise SettingsError(
+                f"steps is {self.steps}; expected at least 1, or none to choose from the data"
+            )
+        if not 0 <= self.dense_fraction <= 1:
+            raise SettingsError(f"dense_fraction is {self.dense_fraction}; expected a share between 0 and 1")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For plans and manifests."""
+        return asdict(self)
+
+    def steps_for(self, images: int) -> int:
+        """The number of steps for a task of `images` training images."""
+        if self.steps is not None:
+            return self.steps
+        return max(100, min(500, 2 * images))

@@ -1,0 +1,63 @@
+"""The soft threshold, its schedule and pruning, against the equations written out naively."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from dynlora.rank import kappa_at, prune, soft_threshold
+
+numbers = st.floats(-10, 10, width=32)
+kappas = st.floats(0, 2, width=32)
+
+
+@given(st.lists(numbers, min_size=1, max_size=20), kappas)
+def test_the_papers_operator_is_the_equation_entry_by_entry(values, kappa):
+    """T(x) = 1(|x| > κ) (x − sign(x) κ)."""
+    naive = [0.0 if abs(x) <= kappa else x - (kappa if x > 0 else -kappa) for x in values]
+
+    assert torch.allclose(soft_threshold(torch.tensor(values), kappa), torch.tensor(naive), atol=1e-6)
+
+
+def test_the_reference_operator_has_a_dead_zone_twice_as_wide():
+    """Between κ and 2κ the paper shrinks and the authors' code zeroes."""
+    x = torch.tensor([0.5, 1.5, 2.5, -1.5, -2.5])
+
+    assert torch.equal(soft_threshold(x, 1.0), torch.tensor([0.0, 0.5, 1.5, -0.5, -1.5]))
+    assert torch.equal(soft_threshold(x, 1.0, operator="reference"), torch.tensor([0.0, 0.0, 1.5, 0.0, -1.5]))
+
+
+def test_the_published_ramp_adds_up_to_the_shrinkage_the_method_predicts():
+    """500 steps, half of them dense, 50 stairs to 0.005: 0 first, 0.005 last, 0.625 in all."""
+    ramp = [kappa_at(step, steps=500, dense_fraction=0.5, kappa_max=0.005) for step in range(500)]
+
+    assert ramp[:250] == [0.0] * 250
+    assert ramp == sorted(ramp)
+    assert ramp[-1] == pytest.approx(0.005)
+    assert len(set(ramp)) == 50
+    assert sum(ramp) == pytest.approx(0.625)
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.integers(1, 60))
+def test_the_ramp_never_falls_and_never_passes_its_maximum(steps, dense, levels):
+    """Whatever the length, the threshold rises within [0, κ_max]."""
+    ramp = [
+        kappa_at(step, steps=steps, dense_fraction=dense, kappa_max=0.1, levels=levels)
+        for step in range(steps)
+    ]
+
+    assert ramp == sorted(ramp)
+    assert all(0 <= kappa <= 0.1 + 1e-12 for kappa in ramp)
+
+
+@given(st.lists(st.sampled_from([0.0, -1.5, 0.25]), min_size=1, max_size=8))
+def test_pruning_drops_zero_ranks_and_keeps_the_product(importance):
+    """B diag(w) A is unchanged, and no zero importance is left."""
+    torch.manual_seed(0)
+    w = torch.tensor(importance)
+    b, a = torch.randn(5, len(w)), torch.randn(len(w), 3)
+
+    pruned_b, pruned_a, pruned_w = prune(b, a, w)
+
+    assert len(pruned_w) == int((w != 0).sum())
+    assert torch.allclose((pruned_b * pruned_w) @ pruned_a, (b * w) @ a, atol=1e-6)
