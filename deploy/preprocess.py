@@ -1,0 +1,338 @@
+"""Pictures to model input, without torch: decode once, then equal to open_clip's own transform.
+
+Decoding gives one RGB image whatever the file: EXIF rotation applied, transparency laid over white,
+16-bit grey scaled to 8 bits. From there on every value is bit-equal to open_clip's evaluation
+transform (resize with Pillow, centre crop, /255, normalise), except for pictures so elongated that
+its intermediate image would not fit in memory; see _MAX_RESIZED_PIXELS.
+"""
+
+import functools
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from deploy import atomic
+from deploy.errors import ImageError, VerifyError
+
+Float32 = NDArray[np.float32]
+ImageSource = Image.Image | bytes | str | os.PathLike[str]
+
+MAX_PIXELS = 80_000_000  # 240 MB of RGB; below the size at which Pillow warns of a bomb
+MIN_SIDE_PIXELS = 2
+
+# What cameras, browsers and scanners write. Others that Pillow knows start helper programs (EPS) or
+# are read by code that few people ever look at.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO", "JPEG2000", "PPM", "TGA", "ICO")
+
+# open_clip resizes first and crops then: a 30000×1 picture becomes 6,720,000×224 on the way. Above this
+# size only the part that the crop keeps is computed; rounding then differs by a grey level here and there.
+_MAX_RESIZED_PIXELS = 1 << 25
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_RESCALE_FACTOR = 1 / 255
+
+
+def decode_image(
+    source: ImageSource, *, max_pixels: int = MAX_PIXELS, min_side_pixels: int = MIN_SIDE_PIXELS
+) -> Image.Image:
+    """Return ``source`` (a file's bytes, its path, or a Pillow image) as a loaded RGB image of its own.
+
+    Raises:
+        ImageError: it is not a picture, cut short, too large or too small; ``reason`` says which.
+        OSError: the disk or the system failed; says nothing about the picture.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, max_pixels, min_side_pixels)
+    if isinstance(source, bytes):
+        return _decode_file(io.BytesIO(source), len(source), max_pixels, min_side_pixels)
+    try:
+        with Path(source).open("rb") as file:
+            return _decode_file(file, os.fstat(file.fileno()).st_size, max_pixels, min_side_pixels)
+    except FileNotFoundError as error:
+        raise ImageError("the file is no longer there") from error
+    except IsADirectoryError as error:
+        raise ImageError("this is a folder, not an image file") from error
+    except PermissionError as error:
+        raise ImageError("the file may not be read: permission denied") from error
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its pictures: the numbers of open_clip's preprocess config.
+
+    ``size`` is (height, width) in pixels; ``mean`` and ``std`` are per RGB channel of values in 0..1.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: int = 0
+
+    @classmethod
+    def from_open_clip_cfg(cls, cfg: Mapping[str, Any]) -> "Preprocessing":
+        """Take over open_clip's ``preprocess_cfg``.
+
+        Raises:
+            VerifyError: a value is missing or cannot be used.
+        """
+        try:
+            return cls(
+                size=_pair(cfg["size"]),
+                mean=_triple(cfg["mean"]),
+                std=_triple(cfg["std"]),
+                # open_clip resizes with bicubic wherever its config does not say bilinear.
+                interpolation="bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic",
+                resize_mode=_resize_mode(cfg.get("resize_mode") or "shortest"),
+                fill_color=int(cfg.get("fill_color") or 0),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise VerifyError(
+                "this preprocess config cannot be used: expected size, mean, std, interpolation and "
+                f"resize_mode as open_clip writes them, found {dict(cfg)} ({error!r})"
+            ) from error
+
+    @classmethod
+    def load(cls, path: Path) -> "Preprocessing":
+        """Read a ``preprocessor_config.json``, ours or that of a Hugging Face CLIPImageProcessor.
+
+        Raises:
+            VerifyError: it is not one; names the file and what is wrong.
+        """
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_open_clip_cfg(
+                {
+                    "size": _edge_lengths(config),
+                    "mean": config["image_mean"],
+                    "std": config["image_std"],
+                    "interpolation": "bilinear" if config.get("resample", 3) == 2 else "bicubic",
+                    "resize_mode": config.get("resize_mode")
+                    or ("shortest" if config.get("do_center_crop", True) else "squash"),
+                    "fill_color": config.get("fill_color", 0),
+                }
+            )
+        except (VerifyError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise VerifyError(
+                f"{path} cannot be used: expected a CLIPImageProcessor's preprocessor_config.json, found "
+                f"{error}. Copy or download the version again."
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write ``path`` in the Hugging Face format, durably.
+
+        Hugging Face's own processor follows it exactly for square ``shortest`` and for ``squash``;
+        the other resize modes, which its format cannot say, are in keys of our own.
+        """
+        height, width = self.size
+        box = {"height": height, "width": width}
+        plain_shortest = self.resize_mode == "shortest" and height == width
+        config = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": height} if plain_shortest else box,
+            "resample": int(_RESAMPLE[self.interpolation]),
+            "do_center_crop": self.resize_mode != "squash",
+            "crop_size": box,
+            "do_rescale": True,
+            "rescale_factor": _RESCALE_FACTOR,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "resize_mode": self.resize_mode,
+            "fill_color": self.fill_color,
+        }
+        atomic.write_json(path, config)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Float32:
+        """Return pixel values (N, 3, height, width) of N decoded RGB images.
+
+        Raises:
+            ImageError: an image is not RGB; ``decode_image`` makes it so.
+        """
+        pixels = np.empty((len(images), 3, *self.size), np.float32)
+        table = self._table()
+        for row, image in zip(pixels, images, strict=True):
+            if image.mode != "RGB":
+                raise ImageError(f"expected an RGB image, found mode {image.mode}; use decode_image first")
+            fitted = np.asarray(self._fit(image))
+            for channel in range(3):
+                np.take(table[channel], fitted[..., channel], out=row[channel])
+        return pixels
+
+    def _table(self) -> Float32:
+        """Return (3, 256): what each 8-bit value becomes, by the same float32 operations as torch."""
+        levels = np.arange(256, dtype=np.float32) / np.float32(255)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        table: Float32 = (levels[None] - mean[:, None]) / std[:, None]
+        return table
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        """Resize and crop to ``size``."""
+        height, width = self.size
+        resized = self._resized_size(image.width, image.height)
+        # A non-square `shortest` is always bicubic in open_clip.
+        is_bicubic = self.resize_mode == "shortest" and height != width
+        resample = _RESAMPLE["bicubic" if is_bicubic else self.interpolation]
+        if resized[0] * resized[1] > _MAX_RESIZED_PIXELS:
+            return _resize_window(image, resized, (width, height), resample)
+        if resized != image.size:
+            image = image.resize(resized, resample)
+        return _crop_or_pad(image, (width, height), self.fill_color)
+
+    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return (width, height) before the crop, rounded as open_clip and torchvision round."""
+        target_height, target_width = self.size
+        if self.resize_mode == "squash":
+            return target_width, target_height
+        if self.resize_mode == "shortest" and target_height == target_width:
+            if width <= height:
+                return target_width, int(target_width * height / width)
+            return int(target_height * width / height), target_height
+        ratios = (height / target_height, width / target_width)
+        ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+
+def _decode_file(file: BinaryIO, size_bytes: int, max_pixels: int, min_side_pixels: int) -> Image.Image:
+    if size_bytes == 0:
+        raise ImageError("the file is empty (0 bytes)")
+    try:
+        image = Image.open(file, formats=_formats())
+    except UnidentifiedImageError as error:
+        raise ImageError("this is not an image, or of a format that is not supported") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"the image has too many pixels (at most {max_pixels:,} are allowed)") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(f"the image's header is damaged ({error})") from error
+    with image:
+        return _to_rgb(image, max_pixels, min_side_pixels)
+
+
+def _to_rgb(image: Image.Image, max_pixels: int, min_side_pixels: int) -> Image.Image:
+    width, height = image.size  # known from the header: nothing large is in memory yet
+    if width * height > max_pixels:
+        raise ImageError(
+            f"the image has too many pixels: {width} × {height}, at most {max_pixels:,} are allowed"
+        )
+    if min(width, height) < min_side_pixels:
+        raise ImageError(
+            f"the image is too small: {width} × {height} pixels, at least "
+            f"{min_side_pixels} on each side are needed"
+        )
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever their format's library does
+        if "truncated" in str(error) or isinstance(error, EOFError):
+            raise ImageError("the image is cut short: the end of the file is missing") from error
+        raise ImageError(f"the image is damaged and cannot be decoded ({error})") from error
+    try:
+        return _over_white(_upright(image))
+    except ValueError as error:
+        raise ImageError(
+            f"its colour mode {image.mode} cannot be turned into RGB; save it as JPEG or PNG"
+        ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - broken EXIF raises anything; the picture itself is fine
+        return image.copy()
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _grey_to_8_bits(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
+
+
+def _grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to L (Pillow's own conversion would clip at 255), LA where one grey is see-through."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ImageError("its pixels are neither 8 nor 16 bits deep; save it as JPEG or PNG")
+    grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if not isinstance(transparent, int):
+        return grey
+    alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
+
+
+def _resize_window(
+    image: Image.Image, resized: tuple[int, int], window: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """Compute only the centre ``window`` (width, height) of ``image`` resized to ``resized``."""
+    left, top = (round((whole - kept) / 2) for whole, kept in zip(resized, window, strict=True))
+    scale_x, scale_y = image.width / resized[0], image.height / resized[1]
+    box = (
+        left * scale_x,
+        top * scale_y,
+        min((left + window[0]) * scale_x, image.width),
+        min((top + window[1]) * scale_y, image.height),
+    )
+    return image.resize(window, resample, box=box)
+
+
+def _crop_or_pad(image: Image.Image, target: tuple[int, int], fill: int) -> Image.Image:
+    """Cut the centre (width, height) out of ``image``, or lay it on a plain ground where it is smaller."""
+    lacks = [max(0, wanted - found) for wanted, found in zip(target, image.size, strict=True)]
+    if any(lacks):
+        border = (lacks[0] // 2, lacks[1] // 2, (lacks[0] + 1) // 2, (lacks[1] + 1) // 2)
+        image = ImageOps.expand(image, border=border, fill=(fill, fill, fill))
+    left, top = (round((found - wanted) / 2) for found, wanted in zip(image.size, target, strict=True))
+    return image.crop((left, top, left + target[0], top + target[1]))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # plugins of formats that we do not use may complain
+        Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _edge_lengths(config: Mapping[str, Any]) -> Any:
+    """Return the size after the crop out of a Hugging Face config, which writes it in several ways."""
+    size = config["crop_size"] if config.get("do_center_crop", True) else config["size"]
+    return [size["height"], size["width"]] if isinstance(size, Mapping) else size
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if int(height) < 1 or int(width) < 1:
+        raise ValueError(f"size must be positive, found {size}")
+    return int(height), int(width)
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (values,) * 3 if isinstance(values, int | float) else values
+    return float(red), float(green), float(blue)
+
+
+def _resize_mode(mode: Any) -> Literal["shortest", "longest", "squash"]:
+    for known in ("shortest", "longest", "squash"):
+        if mode == known:
+            return known
+    raise ValueError(f"resize_mode must be shortest, longest or squash, found {mode!r}")
