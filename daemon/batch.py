@@ -1,0 +1,154 @@
+"""The record of one batch: what came, what is learnt from it, what was set aside and why.
+
+batch.json is this model. It is written once by intake and after that only gains attempts, a held or failed
+outcome never changes what it says about the images.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from daemon.errors import BatchError
+
+Split = Literal["train", "tune", "exam"]
+Kind = Literal["folders", "batch", "archive"]
+BATCH_FILE = "batch.json"
+_ID = re.compile(r"([0-9]+)-.+")
+_SLUG_LENGTH = 40
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BatchClass(_Record):
+    """One class: `name` as people see it, `key` as it is compared, `folder` under images/."""
+
+    name: str
+    key: str
+    template: str  # with one {}
+    folder: str
+    is_new: bool  # not among the live classes when the batch was taken in
+
+
+class BatchImage(_Record):
+    """One usable image: `file` relative to the batch directory, `origin` where it lay in the drop."""
+
+    file: str
+    origin: str
+    class_key: str
+    sha256: str
+    width: int  # pixels, as stored
+    height: int
+    split: Split
+
+
+class SetAside(_Record):
+    """A file or folder that is not learnt from: kept, at `file` relative to the batch directory."""
+
+    file: str
+    reason: str
+
+
+class Attempt(_Record):
+    """One try at learning the batch; `outcome` is None while it runs or when it was cut short."""
+
+    n: int
+    started_at: str
+    outcome: str | None = None
+
+
+class Batch(_Record):
+    """batch.json."""
+
+    format: Literal[1] = 1
+    id: str  # <seq>-<slug>
+    seq: int
+    slug: str
+    kind: Kind
+    producer_id: str | None = None  # the producer's own key: the same one is never learnt twice
+    submitter: str | None = None
+    received_at: str  # UTC, ISO 8601
+    content_sha256: str  # of the usable images and their classes
+    classes: list[BatchClass]
+    images: list[BatchImage]
+    set_aside: list[SetAside] = []
+    warnings: list[str] = []
+    attempts: list[Attempt] = []
+    duplicate_of: str | None = None  # the batch that brought the same before: not learnt again
+
+    def count(self, split: Split) -> int:
+        """Images in one split."""
+        return sum(image.split == split for image in self.images)
+
+    def split(self, split: Split) -> list[BatchImage]:
+        """The images of one split."""
+        return [image for image in self.images if image.split == split]
+
+    def with_attempt(self, started_at: str) -> Self:
+        """The record with one more attempt begun."""
+        attempt = Attempt(n=len(self.attempts) + 1, started_at=started_at)
+        return self.model_copy(update={"attempts": [*self.attempts, attempt]})
+
+    def with_outcome(self, outcome: str) -> Self:
+        """The record with the last attempt's outcome filled in."""
+        assert self.attempts, "an outcome belongs to an attempt"
+        last = self.attempts[-1].model_copy(update={"outcome": outcome})
+        return self.model_copy(update={"attempts": [*self.attempts[:-1], last]})
+
+    def to_json(self) -> str:
+        """The content of batch.json."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def read_batch(directory: Path) -> Batch:
+    """The record in `directory`.
+
+    Raises:
+        BatchError: it is missing or damaged.
+    """
+    path = directory / BATCH_FILE
+    try:
+        return Batch.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BatchError(f"{path} is missing; the batch cannot be used without it") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BatchError(f"{path} is damaged: {where}: {first['msg']}; drop the images again") from error
+
+
+def batch_id(seq: int, slug: str) -> str:
+    """`<seq>-<slug>`, padded so that a listing sorts in working order."""
+    return f"{seq:06d}-{slug}"
+
+
+def sequence(identifier: str) -> int | None:
+    """The seq of a batch id, or None when it is not one."""
+    match = _ID.fullmatch(identifier)
+    return int(match[1]) if match else None
+
+
+def slug(names: Iterable[str]) -> str:
+    """A short name of letters, digits and hyphens that is safe in any path, such as `dress-and-2-more`."""
+    words = [_plain(name) for name in names]
+    first = next((word for word in words if word), "batch")[:_SLUG_LENGTH].rstrip("-")
+    return first if len(words) < 2 else f"{first}-and-{len(words) - 1}-more"
+
+
+def _plain(name: str) -> str:
+    ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
+    return re.sub(r"[^a-z0-9]+", "-", ascii_name.lower()).strip("-")
+
+
+def content_sha256(pairs: Iterable[tuple[str, str]]) -> str:
+    """The identity of a batch's content: (class key, image sha256) pairs in any order."""
+    digest = hashlib.sha256()
+    for key, image in sorted(set(pairs)):
+        digest.update(f"{image} {key}\n".encode())
+    return digest.hexdigest()

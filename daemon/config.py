@@ -1,0 +1,218 @@
+"""The configuration: one small model per section, checked as a whole, complaints in the user's words.
+
+Built once at the edge and handed down; nothing below reads a file, the environment or a global.
+config.example.toml shows every key; a test keeps the two equal.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from daemon.errors import ConfigError
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+def check_template(template: str) -> str:
+    """Raise ValueError unless the template has exactly one place for the class name."""
+    if template.count("{}") != 1 or "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
+        raise ValueError("expected exactly one {} where the class name goes, and no other braces")
+    return template
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown keys, no silent conversions, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class InboxConfig(Section):
+    """How drops are taken in."""
+
+    path: str = ""  # empty: inbox/ in the home; else an existing folder, relative to this file
+    settle_seconds: float = Field(5.0, ge=0)
+    gather_seconds: float = Field(10.0, ge=0)
+    scan_seconds: float = Field(30.0, gt=0)
+    min_images_per_class: int = Field(4, ge=1)
+    template: str = DEFAULT_TEMPLATE
+    max_image_bytes: int = Field(50_000_000, ge=1)
+    max_image_pixels: int = Field(100_000_000, ge=1)
+    max_archive_bytes: int = Field(20_000_000_000, ge=1)  # unpacked
+    max_archive_members: int = Field(200_000, ge=1)
+    max_archive_ratio: float = Field(200.0, ge=1)  # unpacked : packed
+
+    _template = field_validator("template")(check_template)
+
+
+class LearningConfig(Section):
+    """How a batch is learnt."""
+
+    preset: Literal["default", "paper"] = "default"
+    rank: int = Field(0, ge=0)  # 0: the preset's
+    steps: int = Field(0, ge=0)  # 0: the preset's
+    threads: int = Field(0, ge=0)  # 0: every core this process may use
+    checkpoint_seconds: float = Field(60.0, gt=0)
+    stop_seconds: float = Field(60.0, gt=0)
+
+
+class ExamConfig(Section):
+    """Which images are kept for grading, and what a version must show to be published."""
+
+    fraction: float = Field(0.2, ge=0, lt=1)
+    tune_fraction: float = Field(0.1, ge=0, lt=1)
+    max_images_per_class: int = Field(50, ge=1)
+    keep: bool = True
+    min_gain: float = Field(0.01, ge=0, le=1)
+    alpha: float = Field(0.01, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self) -> Self:
+        if self.fraction + self.tune_fraction >= 1:
+            raise ValueError(
+                f"fraction {self.fraction} and tune_fraction {self.tune_fraction} leave nothing to train on; "
+                f"expected a sum below 1"
+            )
+        return self
+
+
+class StoreConfig(Section):
+    """How many versions keep their weights."""
+
+    keep_full: int = Field(3, ge=2)  # the live one and the one to roll back to at least
+
+
+class RetentionConfig(Section):
+    """When images that are no longer needed are deleted."""
+
+    done_days: float = Field(7.0, ge=0)
+
+
+class AttemptsConfig(Section):
+    """How often a batch that fails is tried again."""
+
+    max: int = Field(3, ge=1)
+    backoff_seconds: float = Field(60.0, ge=0)
+
+
+class LogConfig(Section):
+    """What is written down."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    events_max_bytes: int = Field(10_000_000, ge=1000)
+
+
+class Config(Section):
+    """All sections. `Config()` is the default configuration."""
+
+    inbox: InboxConfig = InboxConfig()
+    learning: LearningConfig = LearningConfig()
+    exam: ExamConfig = ExamConfig()
+    store: StoreConfig = StoreConfig()
+    retention: RetentionConfig = RetentionConfig()
+    attempts: AttemptsConfig = AttemptsConfig()
+    log: LogConfig = LogConfig()
+
+    def inbox_dir(self, home: Path) -> Path:
+        """Where drops arrive."""
+        return Path(self.inbox.path) if self.inbox.path else home / "inbox"
+
+
+def find_config(
+    home: Path, explicit: Path | None = None, environ: Mapping[str, str] | None = None
+) -> Path | None:
+    """The file to load: `explicit`, then DYNLORA_CONFIG, then HOME/config.toml, then ./config.toml, or None.
+
+    Raises:
+        ConfigError: a file that was asked for by name is not there.
+    """
+    environ = os.environ if environ is None else environ
+    asked = [("--config", explicit), ("DYNLORA_CONFIG", environ.get("DYNLORA_CONFIG"))]
+    for origin, name in asked:
+        if name:
+            path = Path(name)
+            if not path.is_file():
+                raise ConfigError(
+                    f"{path} (from {origin}) is not a file; give the path of an existing configuration"
+                )
+            return path
+    return next((path for path in (home / "config.toml", Path("config.toml")) if path.is_file()), None)
+
+
+def load_config(explicit: Path | None, home: Path) -> Config:
+    """The configuration of a home, from the file that find_config names.
+
+    Raises:
+        ConfigError: as find_config and read_config.
+    """
+    path = find_config(home, explicit)
+    return Config() if path is None else read_config(path)
+
+
+def read_config(path: Path) -> Config:
+    """Read and check one file.
+
+    Raises:
+        ConfigError: one line per problem, each naming file, key, value, what was expected, and for an unknown
+            key the nearest valid one.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; give a readable file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}; config.example.toml shows the form") from error
+    try:
+        config = Config.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from error
+    return _with_inbox(config, path)
+
+
+def _with_inbox(config: Config, path: Path) -> Config:
+    if not config.inbox.path:
+        return config
+    inbox = (path.parent / Path(config.inbox.path).expanduser()).resolve()
+    if not inbox.is_dir():
+        raise ConfigError(
+            f"{path}: inbox.path is {config.inbox.path!r}, but {inbox} is not a folder; "
+            f"create it or correct the path"
+        )
+    return config.model_copy(update={"inbox": config.inbox.model_copy(update={"path": str(inbox)})})
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}{_suggestion(key, is_section=isinstance(value, dict))}"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{key}: {message}" if isinstance(value, dict) else f"{key} is {value!r}; {message}"
+    if problem["type"] == "model_type":
+        return f"{key} is {value!r}; expected a section, written as [{key}]"
+    return f"{key} is {value!r}; {problem['msg'].replace('Input should be', 'expected')}"
+
+
+def _suggestion(key: str, *, is_section: bool) -> str:
+    sections = [f"[{name}]" for name in Config.model_fields]
+    keys = [name for name, _ in valid_keys()]
+    if is_section:
+        near = difflib.get_close_matches(f"[{key}]", sections, n=1, cutoff=0.5)
+    else:
+        same_name = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        near = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; the sections are {', '.join(sections)}; config.example.toml lists every key"
+
+
+def valid_keys() -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its default."""
+    for section, values in Config().model_dump().items():
+        for key, default in values.items():
+            yield f"{section}.{key}", default
