@@ -1,0 +1,69 @@
+"""`events.jsonl`: what happened in this home, one JSON object per line, for people and programs to follow.
+
+The files are the truth and this log only tells them again. So nothing here is needed for recovery: a torn
+last line is skipped, and what is missing after a crash is told again from the manifests and batch directories
+(see `daemon.recovery`), marked `"late": true`.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deploy import atomic
+
+EVENTS_NAME = "events.jsonl"
+
+
+class EventLog:
+    """Append-only record of a home's events.
+
+    Every line has `at` (UTC), `event` and, where they apply, `batch` and `version`. `open` starts a new file
+    when the log has grown beyond `max_bytes`.
+    """
+
+    def __init__(self, home: Path, *, max_bytes: int = 10_000_000) -> None:
+        self._path = home / EVENTS_NAME
+        self._max_bytes = max_bytes
+
+    def append(self, event: str, *, at: datetime | None = None, **fields: Any) -> dict[str, Any]:
+        """Write one event and return it. `at` defaults to now; fields that are None are left out."""
+        moment = (at or datetime.now(UTC)).astimezone(UTC)
+        entry = {"at": moment.isoformat(timespec="milliseconds"), "event": event}
+        entry |= {key: value for key, value in fields.items() if value is not None}
+        atomic.append_line(self._path, json.dumps(entry, ensure_ascii=False))
+        return entry
+
+    def read(self) -> list[dict[str, Any]]:
+        """All events, rotated files first; lines that are not JSON objects are skipped."""
+        rotated = sorted(self._path.parent.glob("events-*.jsonl"))
+        return [entry for path in [*rotated, self._path] for entry in _entries(path)]
+
+    def open(self) -> None:
+        """Make the log fit to append to: end a torn last line, start a new file when this one has grown."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            return
+        if size > self._max_bytes:
+            # Nanoseconds in fixed width sort in the order of rotation.
+            atomic.rename(self._path, self._path.with_name(f"events-{time.time_ns():020d}.jsonl"))
+        elif size and self._path.read_bytes()[-1:] != b"\n":
+            with self._path.open("ab") as file:
+                file.write(b"\n")
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("event"), str):
+            yield entry

@@ -1,0 +1,72 @@
+"""What a worker hands over: the report of one adaptation (`report.json`)."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+
+from daemon.errors import BatchError
+
+REPORT_NAME = "report.json"
+DELTA_NAME = "delta.safetensors"
+DECISION_NAME = "decision.json"
+
+
+class ExamResult(BaseModel):
+    """One batch's exam, graded before and after over the union of all known class names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: str
+    images: NonNegativeInt
+    correct_before: NonNegativeInt
+    correct_after: NonNegativeInt
+    gained: NonNegativeInt = Field(description="images wrong before and right after")
+    lost: NonNegativeInt = Field(description="images right before and wrong after")
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "ExamResult":
+        if self.correct_after - self.correct_before != self.gained - self.lost:
+            raise ValueError(
+                f"exam of {self.batch}: {self.correct_before} right before and {self.correct_after} after, "
+                f"but {self.gained} gained and {self.lost} lost"
+            )
+        if max(self.correct_before, self.correct_after) > self.images:
+            raise ValueError(f"exam of {self.batch}: more images right than the {self.images} there are")
+        return self
+
+
+class Report(BaseModel):
+    """The result of one adaptation.
+
+    `exams` starts with the exam of the batch itself; the exams of the batches kept before it follow.
+    `manifest` holds every field of the version's manifest but version, created_at, operator and decision,
+    which are the daemon's to give.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: str
+    parent: NonNegativeInt
+    manifest: dict[str, Any]
+    exams: tuple[ExamResult, ...] = ()
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = {}
+    peak_memory_bytes: int | None = None
+
+
+def load_report(result_dir: Path) -> Report:
+    """Read `report.json` of a finished worker.
+
+    Raises:
+        BatchError: the file is missing, cut short or does not follow the protocol.
+    """
+    path = result_dir / REPORT_NAME
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise BatchError(f"the worker left no report: expected {path}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise BatchError(f"{path} is not a worker's report: {where}: {first['msg']}") from error

@@ -1,0 +1,148 @@
+"""Commands for a running daemon: one file each in `requests/`, answered in `requests/done/`.
+
+A command that changes state calls `run_or_request`. With no daemon running it takes the home's lock and does
+the work itself, with the same code. With one running it leaves a request (atomic rename), waits for the
+answer and takes over its outcome; should the daemon die meanwhile, the request is withdrawn and the command
+does the work itself.
+
+Requests name their effect, not a change: "roll back to 4", never "one back". Executing one twice, as after a
+crash between effect and answer, does what executing it once does.
+"""
+
+import getpass
+import os
+import secrets
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from daemon.errors import LockError, RequestError
+from daemon.lock import HomeLock
+from deploy import atomic
+
+POLL_SECONDS = 0.05
+KEEP_ANSWERS = timedelta(days=1)
+
+
+def _current_user() -> str:
+    """Name of the user who runs this process; the number where the system knows no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+class Request(BaseModel):
+    """One command: what to do, who wants it and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: Literal["rollback", "unpin"]
+    to: int | None = None
+    who: str = Field(default_factory=_current_user)
+    why: str = ""
+    created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class Answer(BaseModel):
+    """The outcome of a request: the command's exit code, and its result or a sentence on what went wrong."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    exit_code: int
+    result: dict[str, Any] = {}
+    error: str | None = None
+
+
+def run_or_request(
+    home: Path, request: Request, execute: Callable[[Request], Answer], *, timeout_seconds: float = 120.0
+) -> Answer:
+    """Carry out a command that changes state, through the running daemon or by ourselves.
+
+    Args:
+        execute: does the work; called here only while this process holds the home's lock.
+        timeout_seconds: how long a running daemon may take to answer.
+
+    Raises:
+        RequestError: a daemon runs but did not answer in time; the request was withdrawn.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    name: str | None = None
+    try:
+        while time.monotonic() < deadline:
+            if name is not None and (answer := take_answer(home, name)) is not None:
+                return answer
+            try:
+                with HomeLock(home, patience_seconds=0.0):
+                    # The daemon may have answered and left between the two looks.
+                    answer = take_answer(home, name) if name is not None else None
+                    return answer or execute(request)
+            except LockError:
+                name = name or leave(home, request)
+                time.sleep(POLL_SECONDS)
+    finally:
+        if name is not None:
+            withdraw(home, name)
+    raise RequestError(
+        f"the running daemon did not answer within {timeout_seconds:g} seconds; the request was withdrawn. "
+        "Look at `dynlora status` and try again."
+    )
+
+
+def leave(home: Path, request: Request) -> str:
+    """Write a request for the running daemon; returns its name. Visible whole or not at all."""
+    name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}"
+    folder = home / "requests"
+    atomic.make_dir(folder / "done")
+    atomic.write_text(folder / f"{name}.json", request.model_dump_json())
+    return name
+
+
+def withdraw(home: Path, name: str) -> None:
+    """Take a request back; one that was executed already is no longer there, and that is fine."""
+    (home / "requests" / f"{name}.json").unlink(missing_ok=True)
+
+
+def take_answer(home: Path, name: str) -> Answer | None:
+    """The answer to a request, removed from disk; None while there is none."""
+    path = home / "requests" / "done" / f"{name}.json"
+    try:
+        answer = Answer.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    path.unlink(missing_ok=True)
+    return answer
+
+
+def execute_pending(home: Path, execute: Callable[[Request], Answer]) -> int:
+    """Execute all waiting requests, oldest first, and answer each; returns how many there were.
+
+    A file that is no request is answered with an error and never blocks the next one. The answer is written
+    before the request is removed: after a crash in between, the request is executed again.
+    """
+    folder = home / "requests"
+    paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    for path in paths:
+        try:
+            request = Request.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            continue  # withdrawn between listing and reading
+        except ValidationError as error:
+            answer = Answer(exit_code=2, error=f"{path.name} is not a request: {error.errors()[0]['msg']}")
+        else:
+            answer = execute(request)
+        atomic.make_dir(folder / "done")
+        atomic.write_text(folder / "done" / path.name, answer.model_dump_json())
+        atomic.remove_file(path)
+    return len(paths)
+
+
+def drop_old_answers(home: Path, now: datetime) -> None:
+    """Remove answers that nobody fetched: their command was killed while it waited."""
+    for path in (home / "requests" / "done").glob("*.json"):
+        if now.timestamp() - path.stat().st_mtime > KEEP_ANSWERS.total_seconds():
+            path.unlink(missing_ok=True)
