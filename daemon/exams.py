@@ -1,0 +1,101 @@
+"""`exams/<id>/`: the exam images of published batches, which grade every later candidate.
+
+Nothing here is ever trained or tuned on; no learner code opens this directory. An exam is written whole or
+not at all, and is never changed afterwards.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from daemon.batch import Batch, BatchImage
+from daemon.errors import BatchError
+from deploy import atomic
+
+EXAM_FILE = "exam.json"
+
+
+class ExamImage(BaseModel):
+    """One image: `file` relative to the exam's directory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    class_key: str
+    sha256: str
+
+
+class Exam(BaseModel):
+    """exam.json: one batch's exam."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: str
+    images: tuple[ExamImage, ...]
+
+
+def exam_dir(home: Path, batch: str) -> Path:
+    """Where a batch's exam lies."""
+    return home / "exams" / batch
+
+
+def keep_exam(home: Path, batch: Batch, batch_dir: Path, *, max_images_per_class: int) -> Path | None:
+    """Copy a batch's exam images to exams/<id>/; the directory appears in one rename. Harmless to repeat.
+
+    Args:
+        max_images_per_class: what is over it is left out, by content: the same in any order of arrival.
+
+    Returns:
+        the exam's directory, or None where the batch has no exam images.
+    """
+    chosen = _capped(batch.split("exam"), max_images_per_class)
+    target = exam_dir(home, batch.id)
+    if not chosen or target.exists():
+        return target if chosen else None
+    atomic.make_dir(target.parent)
+    staging = target.with_name(f"{atomic.TEMPORARY_PREFIX}{batch.id}")
+    atomic.remove_tree(staging)
+    images = []
+    for image in chosen:
+        copy = staging / image.file
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(batch_dir / image.file, copy)
+        images.append(ExamImage(file=image.file, class_key=image.class_key, sha256=image.sha256))
+    record = Exam(batch=batch.id, images=tuple(images))
+    (staging / EXAM_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    atomic.fsync_tree(staging)
+    atomic.rename(staging, target)
+    return target
+
+
+def load_exams(home: Path) -> Iterator[tuple[Path, Exam]]:
+    """Every kept exam with its directory, oldest batch first.
+
+    Raises:
+        BatchError: an exam.json is missing or damaged.
+    """
+    folder = home / "exams"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for name in names:
+        if name.startswith("."):
+            continue  # a copy cut short; its batch is finished again by recovery
+        path = folder / name / EXAM_FILE
+        try:
+            yield path.parent, Exam.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise BatchError(
+                f"{path} cannot be read: {error}; restore it, or remove {path.parent}"
+            ) from error
+
+
+def _capped(images: list[BatchImage], limit: int) -> list[BatchImage]:
+    counts: Counter[str] = Counter()
+    chosen = []
+    for image in sorted(images, key=lambda image: (image.class_key, image.sha256)):
+        counts[image.class_key] += 1
+        if counts[image.class_key] <= limit:
+            chosen.append(image)
+    return chosen
