@@ -123,19 +123,21 @@ def read_weights(path: Path) -> dict[str, Array]:
     Raises:
         WeightsError: the file is missing, cut short, or not a safetensors file.
     """
-    header, data_start, size = _read_header(path)
-    entries = {name: _entry(path, name, value) for name, value in header.items() if name != "__metadata__"}
-    needed = data_start + max((end for _, _, end in entries.values()), default=0)
-    if size != needed:
-        raise WeightsError(
-            f"{path} is {'cut short' if size < needed else 'longer than its header says'}: "
-            f"expected {needed} bytes, found {size}. Copy or download it again."
-        )
+    entries = _read_entries(path)
     content = np.memmap(path, dtype=np.uint8, mode="r")
     return {
-        name: content[data_start + begin : data_start + end].view(spec.dtype).reshape(spec.shape)
+        name: content[begin:end].view(spec.dtype).reshape(spec.shape)
         for name, (spec, begin, end) in entries.items()
     }
+
+
+def read_layout(path: Path) -> dict[str, tuple[int, int]]:
+    """Return {name: (offset, length)} in bytes, as the file's own header has it.
+
+    Raises:
+        WeightsError: the file is missing, cut short, or not a safetensors file.
+    """
+    return {name: (begin, end - begin) for name, (_, begin, end) in _read_entries(path).items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -204,6 +206,23 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     if not isinstance(header, dict):
         raise WeightsError(f"{path} is not a safetensors file: its header is not a JSON object.")
     return header, 8 + length, size
+
+
+def _read_entries(path: Path) -> dict[str, tuple[TensorSpec, int, int]]:
+    """Return {name: (spec, begin, end)}, in bytes from the start of a file that is all there."""
+    header, data_start, size = _read_header(path)
+    entries = {}
+    for name, value in header.items():
+        if name != "__metadata__":
+            spec, begin, end = _entry(path, name, value)
+            entries[name] = (spec, data_start + begin, data_start + end)
+    needed = max((end for _, _, end in entries.values()), default=data_start)
+    if size != needed:
+        raise WeightsError(
+            f"{path} is {'cut short' if size < needed else 'longer than its header says'}: "
+            f"expected {needed} bytes, found {size}. Copy or download it again."
+        )
+    return entries
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorSpec, int, int]:

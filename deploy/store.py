@@ -1,0 +1,295 @@
+"""The version store: numbered, immutable directories and one link, ``current``, to the live one.
+
+    serving/
+      current -> versions/12
+      pin.json                   while an operator holds the store at one version
+      .next -> versions/13       while version 13 is being published
+      versions/12/, versions/.staging-<name>/
+
+What is on the disk is the truth, and every change of state is one rename, so recover() is a function
+of the listing. A new version's link is made first, as ``.next``; then the staged directory gets its
+number; then ``.next`` becomes ``current``. Killed in between, ``.next`` says what was meant: if its
+target is there the publication is finished, else it is dropped.
+
+One process at a time changes a store (the daemon, or a command holding its lock); readers need no lock.
+Which files make a version, and whether they fit together, is deploy.manifest's and deploy.verify's.
+"""
+
+import contextlib
+import logging
+import shutil
+from pathlib import Path
+
+from deploy import atomic
+from deploy.errors import StoreError, VerifyError
+from deploy.manifest import (
+    DELTA_NAME,
+    GRAPH_NAMES,
+    MANIFEST_NAME,
+    OPEN_CLIP_CONFIG_NAME,
+    PREPROCESSOR_NAME,
+    REQUIRED_NAMES,
+    TOKENIZER_NAME,
+    LineageEntry,
+    Manifest,
+    load_manifest,
+    save_manifest,
+)
+from deploy.prune import prune_version
+from deploy.store_reader import CURRENT_NAME, PIN_NAME, VERSIONS_NAME, Pin, StoreReader
+from deploy.verify import check_files, check_graphs, graph_hashes
+
+NEXT_NAME = ".next"
+STAGING_PREFIX = ".staging-"
+# The same in every version of one architecture, so a new version starts with copies of its parent's.
+CARRIED_NAMES = (*GRAPH_NAMES, PREPROCESSOR_NAME, TOKENIZER_NAME, OPEN_CLIP_CONFIG_NAME)
+
+_log = logging.getLogger(__name__)
+
+
+class VersionStore(StoreReader):
+    """A version store that is written to.
+
+    Args:
+        serving_dir: the directory that holds ``current`` and ``versions/``.
+    """
+
+    def create(self) -> None:
+        """Make the directories of an empty store; fine if they are there."""
+        atomic.make_dir(self.versions_dir)
+
+    def stage(self, name: str, *, like: int | None = None) -> Path:
+        """Return a directory to put a new version's files in; what an earlier try left there is removed.
+
+        Args:
+            name: any file name; the batch id.
+            like: a version whose graphs, tokenizer and preprocessing the new one shares; they are
+                copied in (links are refused by ONNX Runtime and onnx).
+        """
+        staging = self.versions_dir / f"{STAGING_PREFIX}{name}"
+        atomic.remove_tree(staging)
+        atomic.make_dir(staging)
+        for carried in CARRIED_NAMES if like is not None else ():
+            shutil.copyfile(self.path(like or 0) / carried, staging / carried)
+        return staging
+
+    def publish(self, staging: Path, manifest: Manifest) -> int:
+        """Make a staged directory the live version.
+
+        Flushes and re-reads every file against ``manifest.files``, makes them read-only, writes
+        manifest.json last, gives the directory its number and replaces ``current``. Publishing the live
+        version's batch once more changes nothing. On any error ``current`` is what it was.
+
+        Raises:
+            StoreError: a pin, another parent than the live version, a wrong number or lineage, or the
+                operating system's refusal, such as a full disk.
+            VerifyError: a file is not what the manifest says.
+        """
+        if self._is_live_already(manifest):
+            atomic.remove_tree(staging)
+            return self.current()
+        self._check_succession(staging, manifest)
+        try:
+            self._seal(staging, manifest)
+            self._make_live(staging, manifest.version)
+        except OSError as error:
+            raise self._refused(manifest.version, error) from error
+        _log.info("published version %d", manifest.version)
+        return manifest.version
+
+    def roll_back(self, to: int | None = None, *, who: str, why: str) -> int:
+        """Make an earlier version live and pin it, so that nothing newer is published over it.
+
+        Args:
+            to: the version; by default the live one's parent.
+
+        Raises:
+            StoreError: there is no such version, it was pruned, or the live one has no parent.
+        """
+        if to is None:
+            live = self.live_manifest()
+            if live.parent is None:
+                raise StoreError(f"version {live.version} is live and has no parent to roll back to")
+            to = live.parent
+        self._check_can_serve(to)
+        # The pin goes first: if this is cut short, recover() follows it.
+        atomic.write_text(
+            self.serving_dir / PIN_NAME, Pin(version=to, who=who, why=why).model_dump_json(indent=2)
+        )
+        atomic.replace_symlink(self.serving_dir / CURRENT_NAME, f"{VERSIONS_NAME}/{to}")
+        _log.info("%s rolled back to version %d: %s", who, to, why)
+        return to
+
+    def unpin(self, who: str) -> Pin:
+        """Release the pin and return it; the live version stays, and is the next version's parent.
+
+        Raises:
+            StoreError: nothing is pinned.
+        """
+        pin = self.pin()
+        if pin is None:
+            raise StoreError("no version is pinned; there is nothing to release")
+        atomic.remove_file(self.serving_dir / PIN_NAME)
+        _log.info("%s released the pin on version %d", who, pin.version)
+        return pin
+
+    def recover(self) -> list[str]:
+        """Finish or undo what a killed process left, and return a sentence for each thing done.
+
+        Raises:
+            StoreError: pin.json cannot be read, or pins a version that cannot be served.
+        """
+        self.create()
+        done = [*self._remove_leftovers(), *self._finish_next()]
+        pin = self.pin()
+        link = self.serving_dir / CURRENT_NAME
+        if pin is not None and not (
+            link.is_symlink() and str(link.readlink()) == f"{VERSIONS_NAME}/{pin.version}"
+        ):
+            self._check_can_serve(pin.version)
+            atomic.replace_symlink(link, f"{VERSIONS_NAME}/{pin.version}")
+            done.append(f"finished the roll-back to version {pin.version}, pinned by {pin.who}")
+        for sentence in done:
+            _log.info("%s", sentence)
+        return done
+
+    def prune(self, keep_full: int) -> list[int]:
+        """Free the disk of old versions' large files, and return the versions that were pruned.
+
+        Kept whole: the newest ``keep_full`` versions, the live one, its parent, a pinned one, those of
+        kind initial (all weights are folded from them), and whatever a client has open. A pruned
+        version keeps what deploy.prune names.
+
+        Raises:
+            StoreError: ``keep_full`` is below 1, or the store has no live version.
+        """
+        if keep_full < 1:
+            raise StoreError(f"keep_full must be at least 1, found {keep_full}: the live version stays whole")
+        live, pin = self.live_manifest(), self.pin()
+        stay = {live.version, live.parent, pin.version if pin else None, *self.full_versions()[-keep_full:]}
+        pruned = []
+        for version in self.versions():
+            if (
+                version not in stay
+                and self.manifest(version).kind != "initial"
+                and prune_version(self.path(version))
+            ):
+                pruned.append(version)
+                _log.info("pruned version %d", version)
+        return pruned
+
+    # How it is done
+
+    def _is_live_already(self, manifest: Manifest) -> bool:
+        if manifest.batch is None or not self.versions():
+            return False
+        live = self.live_manifest()
+        same = (live.kind, live.parent) == (manifest.kind, manifest.parent)
+        return same and live.batch is not None and live.batch.id == manifest.batch.id
+
+    def _check_succession(self, staging: Path, manifest: Manifest) -> None:
+        """Check that this is the version that may come next."""
+        pin = self.pin()
+        if pin is not None:
+            raise StoreError(
+                f"version {pin.version} is pinned by {pin.who} ({pin.why}): nothing is published until "
+                "`dynlora unpin`"
+            )
+        if manifest.version != self.next_version():
+            raise StoreError(
+                f"the next version is {self.next_version()}, the manifest says {manifest.version}"
+            )
+        live = self.live_manifest() if self.versions() else None
+        if manifest.parent != (live.version if live else None):
+            raise StoreError(
+                f"the new version was built on version {manifest.parent}, but version "
+                f"{live.version if live else None} is live: build it again on the live one"
+            )
+        if live is not None and manifest.kind != "regraph":
+            check_graphs(staging, manifest.files, graph_hashes(live.files))
+        if live is not None and manifest.batch is not None and manifest.kind in ("update", "promote"):
+            delta = manifest.files.get(DELTA_NAME)
+            if delta is None:
+                raise StoreError(
+                    f"a version of kind {manifest.kind!r} holds its {DELTA_NAME}; it is not listed"
+                )
+            expected = (*live.lineage, LineageEntry(batch=manifest.batch.id, delta_sha256=delta.sha256))
+            if manifest.lineage != expected:
+                raise StoreError(
+                    f"the lineage must be version {live.version}'s and then batch {manifest.batch.id} "
+                    f"with its delta; expected {[entry.batch for entry in expected]}, "
+                    f"found {[entry.batch for entry in manifest.lineage]}"
+                )
+
+    def _seal(self, staging: Path, manifest: Manifest) -> None:
+        """Flush the files, read them again, make them read-only, and add the manifest last."""
+        missing = sorted(set(REQUIRED_NAMES) - manifest.files.keys())
+        if missing:
+            raise VerifyError(
+                f"the manifest of version {manifest.version} does not list {', '.join(missing)}"
+            )
+        (staging / MANIFEST_NAME).unlink(missing_ok=True)  # an earlier try of this publication
+        for name in manifest.files:
+            if (staging / name).is_file() and not (staging / name).is_symlink():
+                (staging / name).chmod(0o444)
+        atomic.fsync_tree(staging)
+        check_files(staging, manifest.files)
+        save_manifest(staging, manifest)
+        (staging / MANIFEST_NAME).chmod(0o444)
+        if load_manifest(staging) != manifest:
+            raise VerifyError(f"{staging / MANIFEST_NAME} does not read back as it was written")
+
+    def _make_live(self, staging: Path, version: int) -> None:
+        """Give the sealed directory its number and point ``current`` at it (see the module's docstring)."""
+        upcoming = self.serving_dir / NEXT_NAME
+        atomic.remove_file(upcoming)
+        upcoming.symlink_to(f"{VERSIONS_NAME}/{version}")
+        atomic.fsync_dir(self.serving_dir)
+        atomic.rename(staging, self.path(version))
+        atomic.rename(upcoming, self.serving_dir / CURRENT_NAME)
+
+    def _finish_next(self) -> list[str]:
+        upcoming = self.serving_dir / NEXT_NAME
+        if not upcoming.is_symlink():
+            return []
+        target = upcoming.readlink()
+        if not upcoming.is_dir():
+            atomic.remove_file(upcoming)
+            return [f"dropped the unfinished publication of {target}"]
+        atomic.rename(upcoming, self.serving_dir / CURRENT_NAME)
+        return [f"finished the publication of {target}"]
+
+    def _remove_leftovers(self) -> list[str]:
+        prefixes = (atomic.TEMPORARY_PREFIX, STAGING_PREFIX)
+        leftovers = [
+            path
+            for directory in (self.serving_dir, self.versions_dir)
+            for path in sorted(directory.iterdir())
+            if path.name.startswith(prefixes)
+        ]
+        for path in leftovers:
+            atomic.remove_tree(path)
+        return [f"removed the leftover {path.name}" for path in leftovers]
+
+    def _check_can_serve(self, version: int) -> None:
+        self.manifest(version)
+        if not self.is_full(version):
+            raise StoreError(
+                f"version {version} cannot be served: some of its files were pruned or are damaged. "
+                f"Versions that can: {self._full_list()}"
+            )
+
+    def _refused(self, version: int, error: OSError) -> StoreError:
+        """Take back what announced the version, and say where that leaves the store."""
+        if self.path(version).is_dir():
+            return StoreError(
+                f"version {version} is complete, but `current` could not be pointed at it: {error}. "
+                "Nothing is lost: mend the disk and start again, which finishes it."
+            )
+        with contextlib.suppress(OSError):
+            (self.serving_dir / NEXT_NAME).unlink(missing_ok=True)
+        live = f"version {self.current()} is still live" if self.versions() else "no version is live"
+        return StoreError(
+            f"version {version} could not be published: {error}. Nothing of it is visible; {live}. "
+            "Free space or mend the disk, then try again."
+        )
