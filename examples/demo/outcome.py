@@ -39,9 +39,12 @@ def score(client: Client, images: Path) -> Scores:
 
 
 def graph_hashes(store: VersionStore) -> dict[str, set[str]]:
-    """Every sha256 of each graph over all versions, read from the files themselves."""
+    """Every sha256 of each graph over all versions: as recorded, and as the files still there have it."""
+    recorded = [store.manifest(version).files for version in store.versions()]
+    there = [store.path(version) for version in store.full_versions()]
     return {
-        name: {_sha256(store.path(version) / name) for version in store.versions()} for name in GRAPH_NAMES
+        name: {files[name].sha256 for files in recorded} | {_sha256(path / name) for path in there}
+        for name in GRAPH_NAMES
     }
 
 
@@ -96,15 +99,13 @@ def show(
 
 def _exam_row(manifest: Manifest) -> tuple[str, str, str, str]:
     assert manifest.batch is not None
-    exams = (manifest.metrics or {}).get("exams")
     heading = f"exam of {manifest.batch.id} ({manifest.batch.images.exam} images)"
-    if not isinstance(exams, list) or not exams or not isinstance(exams[0], dict):
-        return heading, "all known names", "not graded", "not graded"
-    images, right_before, right_after = (
-        float(str(exams[0][key])) for key in ("images", "correct_before", "correct_after")
-    )
-    before, after = (f"{right / max(images, 1):.1%}" for right in (right_before, right_after))
-    return heading, "all known names", before, after
+    exams = (manifest.metrics or {}).get("exams")
+    for exam in exams if isinstance(exams, list) else []:
+        if isinstance(exam, dict) and exam["batch"] == manifest.batch.id:
+            before, after = (float(str(exam[key])) for key in ("accuracy_before", "accuracy_after"))
+            return heading, "all known names", f"{before:.1%}", f"{after:.1%}"
+    return heading, "all known names", "not graded", "not graded"
 
 
 def _facts(
