@@ -31,6 +31,7 @@ lint: $(STAMP)  ## ruff, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/demo
 
 bench: $(STAMP)  ## measure on the full image packs of ../shared/data
 	$(BIN)/python -m benchmarks.stages

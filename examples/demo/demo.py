@@ -69,7 +69,7 @@ def main() -> int:
 def run(console: Console) -> list[str]:
     """Drop, learn, swap and measure; return what was not as promised."""
     store = VersionStore(HOME / "serving")
-    with Client(HOME / "serving") as client:
+    with Client(HOME / "serving", threads=1) as client:  # leaves a core to the learner
         before = outcome.score(client, IMAGES)
         with daemon_running() as is_alive, showing() as view:
             traffic = Traffic(client, HOME / "serving", sorted((IMAGES / "heldout").rglob("*.jpg")))
