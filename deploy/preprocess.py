@@ -58,7 +58,7 @@ def decode_image(
         with Path(source).open("rb") as file:
             return _decode_file(file, os.fstat(file.fileno()).st_size, max_pixels, min_side_pixels)
     except FileNotFoundError as error:
-        raise ImageError("the file is no longer there") from error
+        raise ImageError("the file does not exist (or no longer)") from error
     except IsADirectoryError as error:
         raise ImageError("this is a folder, not an image file") from error
     except PermissionError as error:
@@ -268,7 +268,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to L (Pillow's own conversion would clip at 255), LA where one grey is see-through."""
+    """Scale 16-bit grey to L (Pillow's conversion would clip at 255), LA where one grey is see-through."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ImageError("its pixels are neither 8 nor 16 bits deep; save it as JPEG or PNG")

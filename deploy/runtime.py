@@ -1,0 +1,278 @@
+"""One published version, loaded: ONNX Runtime sessions, class list, preprocessing, tokenizer.
+
+Knows nothing of `current` and of other versions (that is deploy.client). Every file that is used is
+checked against the manifest while loading, and a shared lock on manifest.json tells whoever prunes
+the store that this version is in use. All methods may be called from several threads at once.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from deploy.errors import ClientError, ImageError, VerifyError
+from deploy.manifest import (
+    CLASS_EMBEDDINGS_NAME,
+    MANIFEST_NAME,
+    PREPROCESSOR_NAME,
+    REFERENCE_NAME,
+    TEXT_GRAPH_NAME,
+    TOKENIZER_NAME,
+    VISION_GRAPH_NAME,
+    Manifest,
+    class_key,
+    load_classes,
+    load_manifest,
+)
+from deploy.opening import check_used_files, hold_shared_lock, open_session, open_tokenizer
+from deploy.preprocess import ImageSource, Preprocessing, decode_image
+from deploy.verify import PARITY_TOLERANCE, check_embeddings
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+DEFAULT_TOP = 5
+
+_MAX_BATCH = 32  # rows per run: bounds the memory of one request
+_MAX_REMEMBERED_LABELS = 4096  # at 512 dimensions 8 MB
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One label and its probability among the labels that were asked about."""
+
+    label: str
+    score: float
+
+
+class LoadedVersion:
+    """A version ready to answer.
+
+    Args:
+        directory: versions/N of a store.
+        threads: ONNX Runtime threads per tower; by default the CPUs this process may run on.
+
+    Raises:
+        VerifyError: a file is missing, damaged, or not what the manifest records.
+        ManifestError: manifest.json or classes.json cannot be used.
+    """
+
+    def __init__(self, directory: Path, *, threads: int | None = None) -> None:
+        # Resolved once: ONNX Runtime finds the weights beside the graph, and a path through `current`
+        # could lead to another version between two opens.
+        self.directory = directory.resolve()
+        self._lock_descriptor = hold_shared_lock(self.directory / MANIFEST_NAME)
+        try:
+            self._load(threads or len(os.sched_getaffinity(0)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, threads: int) -> None:
+        self.manifest: Manifest = load_manifest(self.directory)
+        check_used_files(self.directory, self.manifest)
+        check_embeddings(self.directory, embed_dim=self.manifest.embed_dim)
+        self.class_embeddings: Float32 = np.load(self.directory / CLASS_EMBEDDINGS_NAME, allow_pickle=False)
+        self.class_embeddings.flags.writeable = False
+        classes = load_classes(self.directory).classes
+        self.class_names: tuple[str, ...] = tuple(entry.name for entry in classes)
+        self._rows = {entry.key: row for row, entry in enumerate(classes)}
+        self.preprocessing = Preprocessing.load(self.directory / PREPROCESSOR_NAME)
+        self._tokenizer = open_tokenizer(
+            self.directory / TOKENIZER_NAME, self.manifest.files[TOKENIZER_NAME].sha256
+        )
+        self._vision: Any = open_session(self.directory / VISION_GRAPH_NAME, threads)
+        self._text: Any = open_session(self.directory / TEXT_GRAPH_NAME, threads)
+        self._label_embeddings: OrderedDict[str, Float32] = OrderedDict()
+        self._label_lock = threading.Lock()
+
+    @property
+    def version(self) -> int:
+        """The version's number."""
+        return self.manifest.version
+
+    def close(self) -> None:
+        """Free the sessions and let go of the lock; no method may be running or called after."""
+        self._vision = self._text = None
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def encode_pixels(self, pixel_values: Float32) -> Float32:
+        """Return L2-normalised embeddings (N, dim) of preprocessed pixels (N, 3, H, W)."""
+        return self._run(self._vision, "image_embeds", {"pixel_values": pixel_values})
+
+    def encode_images(self, images: Sequence[ImageSource]) -> Float32:
+        """Return L2-normalised embeddings (N, dim) of N pictures (paths, bytes or Pillow images).
+
+        Raises:
+            ImageError: one cannot be used; says which.
+            ClientError: this is one picture, not a list of them.
+        """
+        _expect_list(images, "pictures")
+        embeddings = np.empty((len(images), self.manifest.embed_dim), np.float32)
+        for start in range(0, len(images), _MAX_BATCH):
+            part = range(start, min(start + _MAX_BATCH, len(images)))
+            decoded = [_decode(images[index], index, len(images)) for index in part]
+            embeddings[part.start : part.stop] = self.encode_pixels(self.preprocessing(decoded))
+        return embeddings
+
+    def encode_texts(self, texts: Sequence[str]) -> Float32:
+        """Return L2-normalised embeddings (N, dim) of N texts, each cut to the context length.
+
+        Raises:
+            ClientError: this is one text, not a list of them.
+        """
+        _expect_list(texts, "texts")
+        return self._run(self._text, "text_embeds", {"input_ids": self._tokenizer(texts)})
+
+    def embed_classes(self, names: Sequence[str], templates: Sequence[str] | str) -> Float32:
+        """Return (N, dim): each name in its template (or the one template), as classes.json has them.
+
+        Raises:
+            ClientError: a template has not exactly one `{}`.
+        """
+        per_name = [templates] * len(names) if isinstance(templates, str) else templates
+        for template in per_name:
+            if template.count("{}") != 1:
+                raise ClientError(f"a template has one {{}} where the class name goes, found {template!r}")
+        return self.encode_texts(
+            [template.replace("{}", name) for template, name in zip(per_name, names, strict=True)]
+        )
+
+    def classify(
+        self,
+        images: Sequence[ImageSource],
+        labels: Sequence[str] | None = None,
+        *,
+        top: int = DEFAULT_TOP,
+    ) -> list[list[Prediction]]:
+        """Return the best labels of each picture, the likeliest first.
+
+        Args:
+            labels: what to choose from; by default the classes this version knows. A known class keeps
+                the template it was learnt with, any other label is put into DEFAULT_TEMPLATE.
+            top: how many to return at most.
+
+        Raises:
+            ClientError: there is nothing to choose from.
+            ImageError: a picture cannot be used.
+        """
+        names, rows = self._choices(labels)
+        logits = self.manifest.logit_scale * (self.encode_images(images) @ rows.T)
+        scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : max(1, top)]
+        return [
+            [Prediction(names[index], float(row[index])) for index in best]
+            for best, row in zip(order, scores, strict=True)
+        ]
+
+    def check_parity(self, tolerance: float = PARITY_TOLERANCE) -> float:
+        """Return the largest |difference| to torch's outputs in reference.npz, over both towers.
+
+        Raises:
+            VerifyError: it is above the tolerance, or the file cannot be used.
+        """
+        path = self.directory / REFERENCE_NAME
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                pairs = (
+                    (self.encode_pixels(arrays["pixel_values"]), arrays["image_embeds"]),
+                    (self._run(self._text, "text_embeds", {"input_ids": arrays["input_ids"]}),
+                     arrays["text_embeds"]),
+                )  # fmt: skip
+            worst = max(float(np.abs(found - expected).max()) for found, expected in pairs)
+        except Exception as error:  # a damaged archive and ONNX Runtime raise whatever they like
+            raise VerifyError(f"{path} cannot be used to check version {self.version}: {error}") from error
+        if not worst <= tolerance:  # so that a NaN fails too
+            raise VerifyError(
+                f"version {self.version} computes other embeddings here than torch did: they differ by "
+                f"{worst:.3g}, expected at most {tolerance:.3g} ({path})"
+            )
+        return worst
+
+    def warm_up(self, batch_sizes: Iterable[int] = (1,), labels: Sequence[str] = ()) -> None:
+        """Do the work that the first requests would wait for: batches of these sizes, these labels."""
+        height, width = self.preprocessing.size
+        for size in batch_sizes:
+            self.encode_pixels(np.zeros((size, 3, height, width), np.float32))
+        self._embed_labels(labels)
+
+    def remembered_labels(self) -> list[str]:
+        """Return the labels asked about lately that are not classes of this version."""
+        with self._label_lock:
+            return list(self._label_embeddings)
+
+    def _choices(self, labels: Sequence[str] | None) -> tuple[Sequence[str], Float32]:
+        """Return the names to choose from and their embeddings (names, dim)."""
+        if labels is None:
+            if not self.class_names:
+                raise ClientError(
+                    f"version {self.version} knows no classes yet: pass labels, or drop a class folder first"
+                )
+            return self.class_names, self.class_embeddings
+        _expect_list(labels, "labels")
+        if not labels:
+            raise ClientError("there is nothing to choose from: the list of labels is empty")
+        return labels, self._embed_labels(labels)
+
+    def _embed_labels(self, labels: Sequence[str]) -> Float32:
+        """Return (labels, dim), computing only what is neither a class nor remembered."""
+        rows = [self._rows.get(class_key(label)) for label in labels]
+        with self._label_lock:
+            known = {label: self._label_embeddings.get(label) for label in labels}
+        unknown = [label for label, row in zip(labels, rows, strict=True) if row is None]
+        missing = [label for label in dict.fromkeys(unknown) if known[label] is None]
+        known.update(zip(missing, self.embed_classes(missing, DEFAULT_TEMPLATE), strict=True))
+        with self._label_lock:
+            for label in dict.fromkeys(unknown):
+                self._label_embeddings[label] = known[label]  # type: ignore[assignment]
+                self._label_embeddings.move_to_end(label)
+            while len(self._label_embeddings) > _MAX_REMEMBERED_LABELS:
+                self._label_embeddings.popitem(last=False)
+        return np.array(
+            [known[label] if row is None else self.class_embeddings[row]
+             for label, row in zip(labels, rows, strict=True)],
+            np.float32,
+        ).reshape(len(labels), self.manifest.embed_dim)  # fmt: skip
+
+    def _run(self, session: Any, output: str, inputs: dict[str, Float32 | Int64]) -> Float32:
+        """Run a tower in parts of at most _MAX_BATCH rows."""
+        ((name, rows),) = inputs.items()
+        embeddings = np.empty((len(rows), self.manifest.embed_dim), np.float32)
+        for start in range(0, len(rows), _MAX_BATCH):
+            part = slice(start, start + _MAX_BATCH)
+            embeddings[part] = session.run([output], {name: rows[part]})[0]
+        return embeddings
+
+
+def _expect_list(values: Any, what: str) -> None:
+    if isinstance(values, str | bytes | os.PathLike | Image.Image):
+        raise ClientError(f"expected a list of {what}, found a single {type(values).__name__}: put it in [ ]")
+
+
+def _decode(source: ImageSource, index: int, count: int) -> Any:
+    try:
+        return decode_image(source)
+    except ImageError as error:
+        if count == 1:
+            raise
+        raise ImageError(f"image {index + 1} of {count}: {error.reason}") from error
