@@ -216,8 +216,9 @@ def fold_tensor(
     if not steps:
         return tensor
     folded: Float32 = np.array(tensor)
-    for factor in steps:
-        _add_factor(folded[factor.row_start : factor.row_stop], factor, block_bytes)
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is found below, as an error
+        for factor in steps:
+            _add_factor(folded[factor.row_start : factor.row_stop], factor, block_bytes)
     if not np.isfinite(folded).all():
         raise DeltaError(f"{name}: the folded weights are not finite; the deltas are too large to be used")
     return folded

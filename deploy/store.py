@@ -104,7 +104,8 @@ class VersionStore(StoreReader):
             to: the version; by default the live one's parent.
 
         Raises:
-            StoreError: there is no such version, it was pruned, or the live one has no parent.
+            StoreError: there is no such version, it was pruned, the live one has no parent, or the
+                operating system refused, for instance because the disk is full.
         """
         if to is None:
             live = self.live_manifest()
@@ -112,11 +113,7 @@ class VersionStore(StoreReader):
                 raise StoreError(f"version {live.version} is live and has no parent to roll back to")
             to = live.parent
         self._check_can_serve(to)
-        # The pin goes first: if this is cut short, recover() follows it.
-        atomic.write_text(
-            self.serving_dir / PIN_NAME, Pin(version=to, who=who, why=why).model_dump_json(indent=2)
-        )
-        atomic.replace_symlink(self.serving_dir / CURRENT_NAME, f"{VERSIONS_NAME}/{to}")
+        self._point_pinned(Pin(version=to, who=who, why=why))
         _log.info("%s rolled back to version %d: %s", who, to, why)
         return to
 
@@ -247,6 +244,27 @@ class VersionStore(StoreReader):
         atomic.fsync_dir(self.serving_dir)
         atomic.rename(staging, self.path(version))
         atomic.rename(upcoming, self.serving_dir / CURRENT_NAME)
+
+    def _point_pinned(self, pin: Pin) -> None:
+        """Write the pin, then point ``current``; cut short in between, recover() follows the pin."""
+        before = self.pin()
+        try:
+            self._write_pin(pin)
+            atomic.replace_symlink(self.serving_dir / CURRENT_NAME, f"{VERSIONS_NAME}/{pin.version}")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._write_pin(before)
+            raise StoreError(
+                f"rolling back to version {pin.version} failed: {error}. The live version is what it was; "
+                "free space or mend the disk, then try again."
+            ) from error
+
+    def _write_pin(self, pin: Pin | None) -> None:
+        path = self.serving_dir / PIN_NAME
+        if pin is None:
+            atomic.remove_file(path)
+        else:
+            atomic.write_text(path, pin.model_dump_json(indent=2) + "\n")
 
     def _finish_next(self) -> list[str]:
         upcoming = self.serving_dir / NEXT_NAME
