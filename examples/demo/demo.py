@@ -7,8 +7,6 @@ copied into its inbox, and a client without torch classifies all the while in a 
 with a table and exit code 0, or with what went wrong and 1.
 """
 
-import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -17,13 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import outcome
 from rich.console import Console
 from traffic import SETTLE_SECONDS, Traffic
 
+from daemon.lock import holder
 from daemon.progress import View, showing
+from daemon.status import read_status
 from deploy.client import Client
 from deploy.store import VersionStore
 
@@ -72,7 +71,7 @@ def run(console: Console) -> list[str]:
     with Client(HOME / "serving", threads=1) as client:  # leaves a core to the learner
         before = outcome.score(client, IMAGES)
         with daemon_running() as is_alive, showing() as view:
-            traffic = Traffic(client, HOME / "serving", sorted((IMAGES / "heldout").rglob("*.jpg")))
+            traffic = Traffic(client, HOME / "serving", IMAGES / "heldout")
             traffic.start()
             try:
                 for number, (what, drop) in enumerate(DROPS, start=1):
@@ -118,12 +117,9 @@ def fresh_home() -> None:
         return
     if not (HOME / "format").is_file() or not (HOME / "serving").is_dir():
         raise DemoError(f"{HOME.resolve()} exists and is not a dynlora home. Move it away and try again.")
-    with (HOME / "daemon.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DemoError(f"a daemon is running in {HOME.resolve()}. Stop it and try again.") from None
-        shutil.rmtree(HOME)
+    if pid := holder(HOME):
+        raise DemoError(f"a daemon (pid {pid}) is running in {HOME.resolve()}. Stop it and try again.")
+    shutil.rmtree(HOME)
 
 
 def dynlora(*arguments: str) -> None:
@@ -179,18 +175,9 @@ def wait_live(client: Client, version: int, *, is_alive: Callable[[], bool], vie
 
 def show_progress(view: View) -> None:
     """Pass on what the daemon says in its status file."""
-    working = read_status().get("working")
+    working = read_status(HOME).get("working")
     if working:
-        view.update(working.pop("phase", "start"), **working)
-
-
-def read_status() -> dict[str, Any]:
-    """The daemon's status file; empty while there is none."""
-    try:
-        status: dict[str, Any] = json.loads((HOME / "status.json").read_bytes())
-    except FileNotFoundError:
-        return {}
-    return status
+        view.update(**working)
 
 
 def log_tail() -> str:

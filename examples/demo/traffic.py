@@ -37,13 +37,20 @@ class Swap(NamedTuple):
 
 
 class Traffic(threading.Thread):
-    """Classifies one image after the other until stopped."""
+    """Classifies one image after the other until stopped.
 
-    def __init__(self, client: Client, serving: Path, images: Sequence[Path]) -> None:
+    Args:
+        client: what is asked.
+        serving: the store it follows.
+        images: <domain>/<class>/*.jpg; the class names are what it may answer, known to the model or not.
+    """
+
+    def __init__(self, client: Client, serving: Path, images: Path) -> None:
         super().__init__(name="traffic", daemon=True)
         self._client = client
         self._current = serving / "current"
-        self._images = images
+        self._images = sorted(images.glob("*/*/*.jpg"))
+        self._labels = sorted({path.parent.name for path in self._images})
         self._stopping = threading.Event()
         self.requests: list[Request] = []
 
@@ -56,7 +63,7 @@ class Traffic(threading.Thread):
             sent = time.monotonic()
             answered, error = None, None
             try:
-                answered = self._client.classify([image], top=1)[0].version
+                answered = self._client.classify([image], self._labels, top=1)[0].version
             except Exception as problem:  # noqa: BLE001 - every failure, whatever it is, is a finding
                 error = f"{type(problem).__name__}: {problem}"
             self.requests.append(Request(sent, time.monotonic(), published, answered, error))
