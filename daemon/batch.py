@@ -33,7 +33,7 @@ class BatchClass(_Record):
     key: str
     template: str  # with one {}
     folder: str
-    is_new: bool  # not among the live classes when the batch was taken in
+    is_new: bool  # neither live nor on its way when the batch was taken in
 
 
 class BatchImage(_Record):
@@ -43,7 +43,7 @@ class BatchImage(_Record):
     origin: str
     class_key: str
     sha256: str
-    width: int  # pixels, as stored
+    width: int  # pixels, after EXIF rotation
     height: int
     split: Split
 
@@ -53,6 +53,12 @@ class SetAside(_Record):
 
     file: str
     reason: str
+
+    @property
+    def sentence(self) -> str:
+        """For people: the file as its sender knows it, and why."""
+        shown = re.sub(r"^(source|unpacked-[0-9]+)/(submit-[0-9a-f]{8}/)?", "", self.file)
+        return f"{shown} was set aside: {self.reason}"
 
 
 class Attempt(_Record):
@@ -136,12 +142,13 @@ def sequence(identifier: str) -> int | None:
 
 def slug(names: Iterable[str]) -> str:
     """A short name of letters, digits and hyphens that is safe in any path, such as `dress-and-2-more`."""
-    words = [_plain(name) for name in names]
+    words = [plain_name(name) for name in names]
     first = next((word for word in words if word), "batch")[:_SLUG_LENGTH].rstrip("-")
     return first if len(words) < 2 else f"{first}-and-{len(words) - 1}-more"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """ASCII letters, digits and hyphens only; empty where nothing is left."""
     ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode("ascii")
     return re.sub(r"[^a-z0-9]+", "-", ascii_name.lower()).strip("-")
 

@@ -41,7 +41,7 @@ class InboxConfig(Section):
     min_images_per_class: int = Field(4, ge=1)
     template: str = DEFAULT_TEMPLATE
     max_image_bytes: int = Field(50_000_000, ge=1)
-    max_image_pixels: int = Field(100_000_000, ge=1)
+    max_image_pixels: int = Field(80_000_000, ge=1)
     max_archive_bytes: int = Field(20_000_000_000, ge=1)  # unpacked
     max_archive_members: int = Field(200_000, ge=1)
     max_archive_ratio: float = Field(200.0, ge=1)  # unpacked : packed
@@ -55,6 +55,7 @@ class LearningConfig(Section):
     preset: Literal["default", "paper"] = "default"
     rank: int = Field(0, ge=0)  # 0: the preset's
     steps: int = Field(0, ge=0)  # 0: the preset's
+    seed: int = Field(0, ge=0)  # another one gives other random numbers, all else equal
     threads: int = Field(0, ge=0)  # 0: every core this process may use
     checkpoint_seconds: float = Field(60.0, gt=0)
     stop_seconds: float = Field(60.0, gt=0)

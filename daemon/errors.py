@@ -8,7 +8,8 @@
     ├── BatchError      there is no such batch, or its record cannot be read
     ├── LockError       another daemon has this home
     ├── RequestError    a command could not be carried out
-    └── WorkerError     the worker process failed
+    ├── WorkerError     the worker process failed
+    └── Stopped         intake was asked to stop; it goes on where it was
 
 Every message is one plain sentence for the person who dropped the data or runs the daemon: what happened,
 where the data is, what to do.
@@ -53,3 +54,7 @@ class RequestError(DaemonError):
 
 class WorkerError(DaemonError):
     """The worker process failed."""
+
+
+class Stopped(DaemonError):  # noqa: N818 - a request that was obeyed, not an error
+    """Intake was asked to stop between two images; it goes on where it was."""

@@ -1,0 +1,195 @@
+"""Unpack an archive that a stranger sent.
+
+Only regular files are written, each below the target, under its own name, with our permissions. Members
+that point outside, links and devices are passed over by name. The limits hold for what is really unpacked,
+whatever the archive's own table says. Archives inside the archive are not opened.
+"""
+
+import errno
+import os
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from daemon.config import InboxConfig
+from daemon.errors import ArchiveError, NoSpaceError
+from daemon.layout import is_text
+
+_PIECE_BYTES = 1 << 20
+_RATIO_FROM_BYTES = 64 << 20  # below this even a bomb does no harm, and flat pictures shrink a lot
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError)
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    kind: str  # "file", "folder", "link" or "other"
+
+
+@dataclass
+class _Meter:
+    """What has been unpacked so far, against the limits."""
+
+    archive: Path
+    config: InboxConfig
+    packed_bytes: int = 0
+    unpacked_bytes: int = 0
+    members: int = 0
+    passed_over: list[tuple[str, str]] = field(default_factory=list)
+
+    def count_member(self) -> None:
+        self.members += 1
+        if self.members > self.config.max_archive_members:
+            self._refuse(
+                f"it has more than {self.config.max_archive_members:,} members", "max_archive_members"
+            )
+
+    def count_bytes(self, count: int) -> None:
+        self.unpacked_bytes += count
+        if self.unpacked_bytes > self.config.max_archive_bytes:
+            limit = f"it unpacks to more than {self.config.max_archive_bytes:,} bytes"
+            self._refuse(limit, "max_archive_bytes")
+        ratio = self.unpacked_bytes / max(1, self.packed_bytes)
+        if self.unpacked_bytes > _RATIO_FROM_BYTES and ratio > self.config.max_archive_ratio:
+            times = f"{self.config.max_archive_ratio:g} times"
+            self._refuse(f"it unpacks to more than {times} its size, as a bomb does", "max_archive_ratio")
+
+    def _refuse(self, what: str, key: str) -> None:
+        raise ArchiveError(f"{self.archive.name} was refused: {what} (inbox.{key}); send it in smaller parts")
+
+
+def extract(archive: Path, target: Path, config: InboxConfig) -> list[tuple[str, str]]:
+    """Unpack into the empty directory `target`; returns (member, why it was passed over).
+
+    Raises:
+        ArchiveError: damaged, encrypted, or beyond a limit. What was unpacked so far is left in `target`.
+        NoSpaceError: the disk is full, or would be.
+    """
+    meter = _Meter(archive, config, packed_bytes=archive.stat().st_size)
+    try:
+        if archive.name.lower().endswith(".zip"):
+            _extract_zip(archive, target, meter)
+        else:
+            _extract_tar(archive, target, meter)
+    except _DAMAGE as error:
+        raise ArchiveError(f"{archive.name} is damaged or not an archive ({error}); send it again") from error
+    except RuntimeError as error:  # zipfile's word for a password
+        raise ArchiveError(f"{archive.name} is encrypted; send it without a password") from error
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise NoSpaceError(_no_space(archive, meter.unpacked_bytes, target)) from error
+        raise ArchiveError(
+            f"{archive.name} is damaged or cannot be unpacked ({error}); send it again"
+        ) from error
+    return meter.passed_over
+
+
+def _extract_zip(archive: Path, target: Path, meter: _Meter) -> None:
+    with zipfile.ZipFile(archive) as packed:
+        infos = packed.infolist()
+        for _ in infos:
+            meter.count_member()
+        if any(info.flag_bits & 0x1 for info in infos):
+            raise RuntimeError("encrypted")
+        declared = sum(info.file_size for info in infos)
+        _check_limits_and_space(archive, declared, target, meter)
+        for info in infos:
+            mode = info.external_attr >> 16
+            kind = "folder" if info.is_dir() else "link" if stat.S_ISLNK(mode) else "file"
+            member = _Member(info.filename.replace("\\", "/"), kind)
+            _unpack(member, target, meter, partial(packed.open, info))
+
+
+def _extract_tar(archive: Path, target: Path, meter: _Meter) -> None:
+    with tarfile.open(archive, "r:*") as packed:
+        for info in packed:
+            meter.count_member()
+            kind = "folder" if info.isdir() else "file" if info.isreg() else "link"
+            kind = kind if kind != "link" or info.issym() or info.islnk() else "other"
+            member = _Member(info.name, kind)
+            if kind == "file":
+                _check_limits_and_space(archive, info.size, target, meter)
+            _unpack(member, target, meter, partial(packed.extractfile, info))
+
+
+def _check_limits_and_space(archive: Path, coming: int, target: Path, meter: _Meter) -> None:
+    probe = _Meter(archive, meter.config, meter.packed_bytes, meter.unpacked_bytes)
+    probe.count_bytes(coming)
+    if coming > shutil.disk_usage(target).free:
+        raise NoSpaceError(_no_space(archive, coming, target))
+
+
+def _no_space(archive: Path, needed: int, target: Path) -> str:
+    free = shutil.disk_usage(target).free
+    return (
+        f"{archive.name} needs {needed:,} bytes or more to unpack and the disk has {free:,} left; it is kept "
+        f"and unpacked once there is space: free some"
+    )
+
+
+def _unpack(
+    member: _Member, target: Path, meter: _Meter, open_member: Callable[[], IO[bytes] | None]
+) -> None:
+    reason = _why_passed_over(member)
+    if reason is not None:
+        meter.passed_over.append((member.name.encode("utf-8", "backslashreplace").decode(), reason))
+        return
+    path = target.joinpath(*_parts(member.name))
+    try:
+        if member.kind == "folder":
+            path.mkdir(parents=True, exist_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except (FileExistsError, NotADirectoryError):
+        meter.passed_over.append(
+            (member.name, "the archive has an earlier member of the same name; rename one")
+        )
+        return
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        meter.passed_over.append((member.name[:200], "its name is too long; shorten it"))
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        try:
+            for piece in _pieces(open_member()):
+                meter.count_bytes(len(piece))
+                file.write(piece)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            path.unlink()
+            meter.passed_over.append((member.name, f"it is damaged in the archive ({error}); send it again"))
+
+
+def _why_passed_over(member: _Member) -> str | None:
+    parts = _parts(member.name)
+    if not is_text(member.name) or "\0" in member.name:
+        return "its name is not valid UTF-8; rename it and pack it again"
+    if PurePosixPath(member.name).is_absolute() or (member.name[1:2] == ":" and member.name[:1].isalpha()):
+        return "its path is absolute; pack it with a path inside the archive"
+    if ".." in parts:
+        return "its path leads out of the archive (..); pack it with a path inside"
+    if member.kind == "link":
+        return "it is a link, and links are never followed; pack the file itself"
+    if member.kind == "other" or not (parts or member.kind == "folder"):
+        return "it is neither a file nor a folder; pack image files"
+    return None
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return PurePosixPath(name).parts
+
+
+def _pieces(source: IO[bytes] | None) -> Iterator[bytes]:
+    if source is None:
+        return
+    with source:
+        while piece := source.read(_PIECE_BYTES):
+            yield piece

@@ -1,0 +1,204 @@
+"""Take ready items out of the inbox and into spool/incoming/<id>/source/, so that a crash loses nothing.
+
+claim.json is on disk before anything moves; `gather` is then repeated until every item is in, and doing it
+again changes nothing. An item that cannot be moved (another file system, or a folder whose owner keeps it)
+is parked under .claimed-<id> in the inbox and copied; where even that is not allowed it is copied and
+remembered.
+"""
+
+import errno
+import os
+import pwd
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from daemon.batch import Kind, batch_id, slug
+from daemon.errors import InboxError, NoSpaceError
+from daemon.inbox import CLAIMED_PREFIX, Item, tree_fingerprint
+from daemon.spool import CLAIM_FILE, Spool
+from deploy import atomic
+
+SOURCE_DIR = "source"
+LATER = "and is taken in once there is space; free some"
+_NOT_MOVABLE = {errno.EXDEV, errno.EACCES, errno.EPERM}
+
+
+class Claim(BaseModel):
+    """claim.json: which items of the inbox this batch is made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    seq: int
+    slug: str
+    kind: Kind
+    inbox: str
+    items: list[str]  # names in the inbox, and then in source/
+    submitter: str | None
+    received_at: str  # UTC, ISO 8601
+    warnings: list[str] = []
+
+
+def read_claim(directory: Path) -> Claim:
+    """The claim in `directory`.
+
+    Raises:
+        InboxError: it is damaged.
+    """
+    try:
+        return Claim.model_validate_json((directory / CLAIM_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise InboxError(
+            f"{directory / CLAIM_FILE} cannot be read: {error}; drop the images again"
+        ) from error
+
+
+def stake(items: Sequence[Item], inbox: Path, spool: Spool, *, seq: int, received_at: str) -> Claim:
+    """Write down what is to be taken; nothing moves yet.
+
+    Raises:
+        NoSpaceError: the disk is full; everything is still in the inbox.
+    """
+    kind: Kind = (
+        "archive" if items[0].kind == "archive" else "batch" if items[0].kind == "batch" else "folders"
+    )
+    short = slug(item.title for item in items)
+    claim = Claim(
+        id=batch_id(seq, short),
+        seq=seq,
+        slug=short,
+        kind=kind,
+        inbox=str(inbox),
+        items=[item.name for item in items],
+        submitter=_owner(inbox / items[0].name),
+        received_at=received_at,
+    )
+    directory = spool.state_dir("incoming") / claim.id
+    with space_for(f"{', '.join(claim.items)} stays in the inbox {LATER}"):
+        try:
+            atomic.make_dir(directory)
+            _write(claim, directory)
+        except OSError:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+    return claim
+
+
+def gather(claim: Claim, spool: Spool) -> Claim:
+    """Bring every item into source/; returns the claim with what there is to tell.
+
+    Raises:
+        NoSpaceError: the disk is full; what is not in source/ is still in the inbox.
+        OSError: the inbox or the spool failed.
+    """
+    directory = spool.state_dir("incoming") / claim.id
+    with space_for(f"{', '.join(claim.items)} is kept where it is {LATER}"):
+        atomic.make_dir(directory / SOURCE_DIR)
+        for number, name in enumerate(claim.items, 1):
+            warnings = _take(claim, number, name, spool)
+            if warnings:
+                claim = claim.model_copy(update={"warnings": [*claim.warnings, *warnings]})
+                _write(claim, directory)
+    return claim
+
+
+@contextmanager
+def space_for(what: str) -> Iterator[None]:
+    """Turn "no space left" into a sentence that ends in what happens to the data."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        raise NoSpaceError(f"the disk is full{where}; {what}") from error
+
+
+def _write(claim: Claim, directory: Path) -> None:
+    atomic.write_file(directory / CLAIM_FILE, (claim.model_dump_json(indent=1) + "\n").encode())
+
+
+def _take(claim: Claim, number: int, name: str, spool: Spool) -> list[str]:
+    inbox, directory = Path(claim.inbox), spool.state_dir("incoming") / claim.id
+    target = directory / SOURCE_DIR / name
+    parked = inbox / f"{CLAIMED_PREFIX}{claim.id}{'' if number == 1 else f'.{number}'}"
+    if os.path.lexists(target):
+        return []
+    if not os.path.lexists(parked):
+        try:
+            atomic.rename(inbox / name, target)
+        except FileNotFoundError:
+            return [f"{name} disappeared from the inbox before it could be taken; drop it again"]
+        except OSError as error:
+            if error.errno not in _NOT_MOVABLE:
+                raise
+        else:
+            return []
+        parked = _park(inbox / name, parked)
+    left_in_place = parked.name == name
+    owner = _owner(parked) or "its owner"
+    if left_in_place:
+        spool.set_left_behind({**spool.left_behind(), name: tree_fingerprint(parked)})
+    temporary = directory / f"{atomic.TEMPORARY_PREFIX}{number}"
+    if os.path.lexists(temporary):
+        atomic.remove_tree(temporary)
+    not_copied = copy_tree(parked, temporary, name)
+    if not os.path.lexists(temporary):
+        return not_copied
+    (atomic.fsync_tree if temporary.is_dir() else atomic.fsync_file)(temporary)
+    atomic.rename(temporary, target)
+    told = (
+        f"{name} belongs to {owner} and could not be moved out of the inbox, so it was copied and will not "
+        f"be taken again; delete {parked} when you like"
+    )
+    return [told, *not_copied]
+
+
+def _park(source: Path, parked: Path) -> Path:
+    """Hide the item under the claim's name if the inbox allows it; returns where it is."""
+    try:
+        atomic.rename(source, parked)
+    except OSError as error:
+        if error.errno not in {*_NOT_MOVABLE, errno.EROFS}:
+            raise
+        return source
+    return parked
+
+
+def copy_tree(source: Path, target: Path, shown: str) -> list[str]:
+    """Copy files, folders, and links as links; returns a sentence for each entry that could not be."""
+    try:
+        mode = source.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            target.symlink_to(source.readlink())
+        elif stat.S_ISDIR(mode):
+            entries = sorted(source.iterdir())
+            target.mkdir()
+            return [
+                s for entry in entries for s in copy_tree(entry, target / entry.name, f"{shown}/{entry.name}")
+            ]
+        elif stat.S_ISREG(mode):
+            shutil.copyfile(source, target, follow_symlinks=False)
+        else:
+            return [f"{shown} was not copied: it is neither a file nor a folder"]
+    except FileNotFoundError:
+        return [f"{shown} disappeared while it was being copied; drop it again"]
+    except PermissionError:
+        return [f"{shown} was not copied: permission denied; correct its rights and drop it again"]
+    return []
+
+
+def _owner(path: Path) -> str | None:
+    try:
+        uid = path.lstat().st_uid
+    except OSError:
+        return None
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"

@@ -1,0 +1,222 @@
+"""Look at the inbox and decide what has arrived completely. Reads only; moving is claim.py's part.
+
+The scan is the truth, events only hasten it. An item is ready when `dynlora submit` renamed it in, when its
+folder holds a .ready file, or when nothing in it has changed between two scans and for settle_seconds. Class
+folders in the inbox root are gathered into one batch once all of them have been quiet for gather_seconds.
+"""
+
+import hashlib
+import os
+import shlex
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from daemon.config import InboxConfig
+from daemon.layout import READY_FILE, SUBMITTED_FILE, is_junk, is_text, kind_of, list_entries
+
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+_OTHER_ARCHIVES = (".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz")
+CLAIMED_PREFIX = ".claimed-"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One entry of the inbox root that can become (part of) a batch."""
+
+    name: str
+    title: str  # for people: the name that it was submitted under, without an archive's suffix
+    kind: Literal["folders", "batch", "archive", "empty"]
+    mark: Literal["submitted", "ready"] | None
+    fingerprint: str  # of names, sizes and times of everything in it
+    quiet_since: float  # when this fingerprint was first seen, by the caller's clock
+    arrived_ns: int  # when it was put under this name, by the file system's clock
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in the inbox that is left where it is: `sentence` says why and what to do."""
+
+    name: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The inbox at one moment."""
+
+    items: tuple[Item, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    ignored: tuple[str, ...] = ()  # names with a leading dot
+
+    def find(self, name: str) -> Item | None:
+        """The item of that name."""
+        return next((item for item in self.items if item.name == name), None)
+
+
+def is_archive(name: str) -> bool:
+    """Whether it is an archive of a kind that is unpacked, by its name."""
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def archive_stem(name: str) -> str:
+    """An archive's name without its suffix."""
+    return next(
+        (name[: -len(s)] for s in sorted(ARCHIVE_SUFFIXES, key=len) if name.lower().endswith(s)), name
+    )
+
+
+def scan_inbox(
+    inbox: Path, now: float, previous: Scan | None = None, left_behind: Mapping[str, str] | None = None
+) -> Scan:
+    """Look at everything in `inbox`.
+
+    Args:
+        now: the caller's clock, in seconds; only differences matter.
+        previous: the scan before, from which quiet times are carried on.
+        left_behind: drops that were copied and could not be removed, name → fingerprint: not taken again.
+
+    Raises:
+        OSError: the inbox itself cannot be read.
+    """
+    items: list[Item] = []
+    problems: list[Problem] = []
+    ignored: list[str] = []
+    for entry in sorted(os.scandir(inbox), key=lambda entry: entry.name):
+        name = entry.name
+        if name.startswith(CLAIMED_PREFIX):
+            problems.append(Problem(name, _copied(Path(entry.path))))
+        elif name.startswith(".") or is_junk(name):
+            ignored.append(name)
+        elif (sentence := _why_left(entry)) is not None:
+            problems.append(Problem(name, sentence))
+        else:
+            try:
+                item = _item(entry, now, previous)
+            except FileNotFoundError:  # it left while we looked
+                continue
+            except PermissionError as error:
+                sentence = f"{name} cannot be read ({error.filename}: permission denied); correct its rights"
+                problems.append(Problem(name, sentence))
+                continue
+            if (left_behind or {}).get(name) == item.fingerprint:
+                problems.append(Problem(name, _copied(Path(entry.path))))
+            else:
+                items.append(item)
+    return Scan(tuple(items), tuple(problems), tuple(ignored))
+
+
+def ready_items(previous: Scan | None, scan: Scan, now: float, config: InboxConfig) -> list[list[Item]]:
+    """The groups that can be claimed, each of them one batch, in order of arrival. Pure."""
+
+    def is_quiet(item: Item, seconds: float) -> bool:
+        before = previous.find(item.name) if previous else None
+        same = before is not None and before.fingerprint == item.fingerprint
+        return same and now - item.quiet_since >= seconds
+
+    groups = [
+        [item]
+        for item in scan.items
+        if item.mark == "submitted"
+        or (item.kind in {"batch", "archive"} and (item.mark or is_quiet(item, config.settle_seconds)))
+    ]
+    # A folder that is still empty may be about to become a class folder: it counts until it is quiet.
+    loose = [item for item in scan.items if item.mark is None and item.kind in {"folders", "empty"}]
+    seconds = max(config.gather_seconds, config.settle_seconds)
+    gathered = loose if all(is_quiet(item, seconds) for item in loose) else []
+    marked = [item for item in scan.items if item.mark == "ready" and item.kind == "folders"]
+    if classes := [item for item in [*marked, *gathered] if item.kind == "folders"]:
+        groups.append(sorted(classes, key=lambda item: item.name))
+    return sorted(groups, key=lambda group: min((item.arrived_ns, item.name) for item in group))
+
+
+def empty_folders(scan: Scan, now: float, config: InboxConfig) -> list[Problem]:
+    """Folders that have been empty for so long that somebody should be told. Pure."""
+    return [
+        Problem(
+            item.name,
+            f"{item.name} is an empty folder; put at least {config.min_images_per_class} images into it",
+        )
+        for item in scan.items
+        if item.kind == "empty" and now - item.quiet_since >= config.gather_seconds
+    ]
+
+
+def _why_left(entry: os.DirEntry[str]) -> str | None:
+    """A sentence where the entry can never become a batch as it is."""
+    name = entry.name
+    if not is_text(name):
+        return f"{os.fsencode(name)!r} has a name that is not valid UTF-8; rename it"
+    if entry.is_symlink():
+        return (
+            f"{name} is a link, and links are never followed; put a copy of what it points to into the inbox"
+        )
+    if entry.is_dir(follow_symlinks=False):
+        return None
+    if not entry.is_file(follow_symlinks=False):
+        return f"{name} is neither a file nor a folder; remove it"
+    if is_archive(name):
+        return None
+    if name.lower().endswith(_OTHER_ARCHIVES):
+        return f"{name} is an archive of a kind that is not unpacked; use {', '.join(ARCHIVE_SUFFIXES)}"
+    return f"{name} lies loose in the inbox; put it into a folder named after its class"
+
+
+def _copied(path: Path) -> str:
+    return (
+        f"{path.name} was copied, because it could not be moved out of the inbox, and is not learnt again; "
+        f"its owner can delete it with: rm -r {shlex.quote(str(path))}"
+    )
+
+
+def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Item:
+    path = Path(entry.path)
+    arrived_ns = path.lstat().st_ctime_ns
+    mark: Literal["submitted", "ready"] | None = None
+    content = path
+    if (path / SUBMITTED_FILE).is_file():
+        mark, content = "submitted", submitted_content(path)
+    elif (path / READY_FILE).exists():
+        mark = "ready"
+    fingerprint = tree_fingerprint(path)
+    before = previous.find(entry.name) if previous else None
+    same = before is not None and before.fingerprint == fingerprint
+    return Item(
+        name=entry.name,
+        title=archive_stem(content.name),
+        kind=kind_of(content) if content.is_dir() else "archive",
+        mark=mark,
+        fingerprint=fingerprint,
+        quiet_since=before.quiet_since if before is not None and same else now,
+        arrived_ns=arrived_ns,
+    )
+
+
+def submitted_content(wrapper: Path) -> Path:
+    """The folder or archive that `dynlora submit` wrapped."""
+    entries = list_entries(wrapper)
+    return next(iter([*entries.folders, *entries.files]), wrapper)
+
+
+def tree_fingerprint(path: Path) -> str:
+    """Changes with any name, size or time in the tree; links are not followed.
+
+    Raises:
+        OSError: a part of it cannot be listed, or left meanwhile.
+    """
+    digest = hashlib.sha256()
+    for relative, found in _walk(path, ""):
+        # A directory's times change when the tree is renamed, which changes nothing in it.
+        times = () if stat.S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        digest.update(repr((relative, found.st_mode, *times)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _walk(path: Path, relative: str) -> Iterable[tuple[str, os.stat_result]]:
+    found = path.lstat()
+    yield relative, found
+    if stat.S_ISDIR(found.st_mode):
+        for inner in sorted(path.iterdir()):
+            yield from _walk(inner, f"{relative}/{inner.name}")

@@ -1,0 +1,208 @@
+"""From the inbox to queued/: one iteration per call, the clock given, nothing lost on the way.
+
+    scan → ready → claim → unpack → compose → batch.json → images/ → queued (or done, or failed)
+
+Up to batch.json the work is done again after a crash; from there on it is carried out. Only intake writes in
+incoming/. Knows nothing of learning; what is live it is told.
+"""
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from daemon.batch import BATCH_FILE, Batch, read_batch
+from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake
+from daemon.compose import Context, Known, KnownClass, compose
+from daemon.config import Config
+from daemon.errors import InboxError, NoSpaceError, Stopped
+from daemon.inbox import Item, Problem, Scan, empty_folders, ready_items, scan_inbox
+from daemon.source import read_source
+from daemon.spool import Reason, Spool, State
+from deploy import atomic
+
+_AGAIN = "correct that and drop it again; what was sent is kept with the batch"
+
+
+@dataclass(frozen=True)
+class IntakeEvent:
+    """Something that happened, for the log: `message` is the sentence for people."""
+
+    event: str  # batch_queued | batch_duplicate | batch_failed | intake_waits | inbox_problem
+    message: str
+    batch: str | None = None
+
+
+@dataclass
+class Intake:
+    """The intake of one home."""
+
+    config: Config
+    inbox: Path
+    spool: Spool
+    known: Callable[[], Known] = Known
+    should_stop: Callable[[], bool] = lambda: False  # asked between two images
+    scan: Scan = field(default_factory=Scan)
+    problems: tuple[Problem, ...] = ()
+    waits: str | None = None  # why nothing is taken in now, such as a full disk
+    _next_check: float = 0.0
+
+    def step(self, now: float) -> list[IntakeEvent]:
+        """Finish what was begun, then take in what is ready.
+
+        Raises:
+            InboxError: the inbox cannot be read; says what to do.
+        """
+        events: list[IntakeEvent] = []
+        self.waits = None
+        try:
+            events += [self._finish(batch) for batch in self.spool.ids("incoming")]
+            previous, self.scan = self.scan, self._look(now)
+            events += self._tell(now)
+            for group in ready_items(previous, self.scan, now, self.config.inbox):
+                claim = self._stake(group)
+                self.scan = Scan(
+                    tuple(item for item in self.scan.items if item not in group),
+                    self.scan.problems,
+                    self.scan.ignored,
+                )
+                events.append(self._finish(claim.id))
+        except NoSpaceError as error:
+            self.waits = str(error)
+            events.append(IntakeEvent("intake_waits", str(error)))
+        except Stopped as error:
+            self.waits = str(error)
+        return events
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is half taken in or still settling: `run --once` may end."""
+        arriving = any(item.kind != "empty" for item in self.scan.items)
+        return not (arriving or self.waits or self.spool.ids("incoming"))
+
+    def seconds_to_next_scan(self, now: float) -> float:
+        """How long nothing can become ready unless an event says otherwise."""
+        inbox = self.config.inbox
+        loose = [item for item in self.scan.items if item.kind in {"folders", "empty"}]
+        moments = [item.quiet_since + inbox.settle_seconds for item in self.scan.items if item not in loose]
+        if loose:
+            gathered = max(item.quiet_since for item in loose) + max(
+                inbox.gather_seconds, inbox.settle_seconds
+            )
+            if gathered > now or any(item.kind == "folders" for item in loose):
+                moments.append(gathered)
+        if self.waits or not moments:
+            return inbox.scan_seconds
+        return min(max(min(moments) - now, 0.05), inbox.scan_seconds)
+
+    def _look(self, now: float) -> Scan:
+        try:
+            return scan_inbox(self.inbox, now, self.scan, self.spool.left_behind())
+        except OSError as error:
+            raise InboxError(
+                f"the inbox {self.inbox} cannot be read ({error.strerror}); create it or correct its rights"
+            ) from error
+
+    def _tell(self, now: float) -> list[IntakeEvent]:
+        """Each problem once, as long as it stays the same."""
+        told = set(self.problems)
+        self.problems = (*self.scan.problems, *empty_folders(self.scan, now, self.config.inbox))
+        return [IntakeEvent("inbox_problem", p.sentence) for p in self.problems if p not in told]
+
+    def _stake(self, group: list[Item]) -> Claim:
+        seq = self.spool.next_seq(self.known().batch_ids)
+        received_at = datetime.now(UTC).isoformat(timespec="seconds")
+        return stake(group, self.inbox, self.spool, seq=seq, received_at=received_at)
+
+    def _finish(self, batch: str) -> IntakeEvent:
+        """Bring a claimed batch out of incoming/."""
+        directory = self.spool.state_dir("incoming") / batch
+        try:
+            claim = gather(read_claim(directory), self.spool)
+            with space_for(f"{batch} is kept in {directory} {LATER}"):
+                if not (directory / BATCH_FILE).exists():
+                    self._compose(claim, directory)
+                return self._deliver(read_batch(directory), directory)
+        except NoSpaceError:
+            raise
+        except (InboxError, OSError) as error:
+            return self._fail(batch, directory, str(error), [])
+
+    def _compose(self, claim: Claim, directory: Path) -> None:
+        layouts = read_source(claim, directory, self.config.inbox)
+        history = self.spool.history(without=claim.id)
+        context = Context(self.config, self._known_and_coming(), history, self.should_stop)
+        record = compose(claim, layouts, directory, context)
+        record = record.model_copy(update={"duplicate_of": self._duplicate_of(record, context.known)})
+        atomic.write_file(directory / BATCH_FILE, record.to_json().encode())
+
+    def _known_and_coming(self) -> Known:
+        """What is live, and the classes of batches on their way: their spelling came first."""
+        known = self.known()
+        coming = {
+            entry.key: KnownClass(entry.name, entry.template)
+            for batch in reversed(list(self.spool.batches("queued", "work")))
+            for entry in batch.classes
+        }
+        return Known({**coming, **known.classes}, known.producer_ids, known.contents, known.batch_ids)
+
+    def _duplicate_of(self, record: Batch, known: Known) -> str | None:
+        """The batch that brought the same: by the producer's id ever, by content while it counts."""
+        if record.producer_id is not None and record.producer_id in known.producer_ids:
+            return known.producer_ids[record.producer_id]
+        for other in self.spool.batches("work", "queued", "held", "done"):
+            if other.id == record.id:
+                continue
+            if record.producer_id is not None and other.producer_id == record.producer_id:
+                return other.duplicate_of or other.id
+            is_open = self.spool.find(other.id) != "done"
+            if is_open and record.images and other.content_sha256 == record.content_sha256:
+                return other.duplicate_of or other.id
+        return known.contents.get(record.content_sha256) if record.images else None
+
+    def _deliver(self, record: Batch, directory: Path) -> IntakeEvent:
+        """Carry out batch.json: move the images, then the batch."""
+        if not record.classes:
+            details = [item.sentence for item in record.set_aside]
+            reason = details[0] if len(details) == 1 else "no class in it has enough usable images"
+            return self._fail(record.id, directory, reason, details)
+        for folder in {Path(image.file).parent for image in record.images}:
+            atomic.make_dir(directory / folder)
+        for image in record.images:
+            _move_or_copy(directory / image.origin, directory / image.file)
+        atomic.fsync_tree(directory)
+        state: State = "done" if record.duplicate_of else "queued"
+        self.spool.move(record.id, state)
+        names = ", ".join(entry.name for entry in record.classes)
+        if record.duplicate_of:
+            message = f"{record.id} brings the same as {record.duplicate_of} did and is not learnt again"
+            return IntakeEvent("batch_duplicate", message, record.id)
+        aside = f"; {len(record.set_aside)} set aside" if record.set_aside else ""
+        message = f"{record.id} is queued: {len(record.images)} images of {names}{aside}"
+        return IntakeEvent("batch_queued", message, record.id)
+
+    def _fail(self, batch: str, directory: Path, reason: str, details: list[str]) -> IntakeEvent:
+        with space_for(f"{batch} is kept in {directory} {LATER}"):
+            path = self.spool.fail(
+                Reason(
+                    batch=batch,
+                    reason=reason,
+                    what_to_do=_AGAIN,
+                    failed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    details=details,
+                )
+            )
+        return IntakeEvent("batch_failed", f"{batch} was not taken in: {reason}. It is kept in {path}", batch)
+
+
+def _move_or_copy(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM}:
+            raise
+        # A folder inside the drop belongs to somebody else and keeps its entries: the image is copied.
+        atomic.write_file(target, source.read_bytes())

@@ -1,0 +1,98 @@
+"""Read what a claim brought: folders as they lie, archives unpacked beside them."""
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from daemon.archive import extract
+from daemon.claim import SOURCE_DIR, Claim
+from daemon.config import InboxConfig
+from daemon.errors import InboxError
+from daemon.inbox import archive_stem, is_archive, submitted_content
+from daemon.layout import SUBMITTED_FILE, ClassNote, Layout, Note, read_tree
+from deploy import atomic
+
+UNPACKED_DIR = "unpacked"
+
+
+class Submitted(BaseModel):
+    """.submitted.json: what `dynlora submit` puts beside the drop."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    submitter: str | None = None
+    templates: str | dict[str, str] | None = None  # one for all, or by class name
+
+    def over(self, note: Note) -> Note:
+        """The note with what was said on the command line put over it."""
+        changes: dict[str, object] = {"id": note.id or self.id, "submitter": self.submitter or note.submitter}
+        if isinstance(self.templates, str):
+            changes["template"] = self.templates
+        elif self.templates:
+            named = {
+                name: ClassNote(name=note.of(name).name, template=template)
+                for name, template in self.templates.items()
+            }
+            changes["classes"] = {**named, **{k: v for k, v in note.classes.items() if k not in named}}
+        return note.model_copy(update=changes)
+
+
+def read_source(claim: Claim, directory: Path, config: InboxConfig) -> list[Layout]:
+    """The layouts of everything in source/, archives unpacked beside it.
+
+    Raises:
+        InboxError: an archive or a note cannot be used.
+        NoSpaceError: the disk is full.
+    """
+    layouts = []
+    for number, name in enumerate(claim.items, 1):
+        path = directory / SOURCE_DIR / name
+        if not os.path.lexists(path):
+            continue  # it disappeared before it could be taken: among the claim's warnings
+        submitted = _read_submitted(path)
+        if submitted is not None:
+            path = submitted_content(path)
+        layout = read_one(path, directory / f"{UNPACKED_DIR}-{number}", config)
+        if submitted is not None:
+            layout.note = submitted.over(layout.note)
+        layouts.append(layout)
+    return layouts
+
+
+def read_one(path: Path, unpacked: Path, config: InboxConfig) -> Layout:
+    """The layout of a folder, or of an archive after unpacking it into the new directory `unpacked`.
+
+    Raises:
+        InboxError: it is neither, or cannot be used.
+        NoSpaceError: the disk is full.
+    """
+    if path.is_dir():
+        return read_tree(path, path.name)
+    if not is_archive(path.name):
+        raise InboxError(f"{path.name} is neither a folder nor an archive")
+    passed_over: list[tuple[str, str]] = []
+    temporary = unpacked.with_name(f"{atomic.TEMPORARY_PREFIX}{unpacked.name}")
+    for leftover in (temporary, unpacked):  # unpacked again from the start: cheap, and the same every time
+        if leftover.exists():
+            atomic.remove_tree(leftover)
+    temporary.mkdir()
+    try:
+        passed_over = extract(path, temporary, config)
+    except InboxError:
+        atomic.remove_tree(temporary)  # a copy: the archive itself is kept
+        raise
+    temporary.rename(unpacked)
+    layout = read_tree(unpacked, archive_stem(path.name))
+    layout.set_aside += [(path / member.lstrip("/"), reason) for member, reason in passed_over]
+    return layout
+
+
+def _read_submitted(path: Path) -> Submitted | None:
+    try:
+        return Submitted.model_validate_json((path / SUBMITTED_FILE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValidationError) as error:
+        raise InboxError(f"{path.name}/{SUBMITTED_FILE} cannot be read: {error}; submit it again") from error
