@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from daemon.errors import BatchError
+from daemon.errors import WorkerError
 
+RESULT_DIR = "result"  # in the batch's directory
 REPORT_NAME = "report.json"
 DELTA_NAME = "delta.safetensors"
 DECISION_NAME = "decision.json"
@@ -59,14 +60,14 @@ def load_report(result_dir: Path) -> Report:
     """Read `report.json` of a finished worker.
 
     Raises:
-        BatchError: the file is missing, cut short or does not follow the protocol.
+        WorkerError: the file is missing, cut short or does not follow the protocol.
     """
     path = result_dir / REPORT_NAME
     try:
         return Report.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise BatchError(f"the worker left no report: expected {path}") from None
+        raise WorkerError(f"the worker left no report: expected {path}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise BatchError(f"{path} is not a worker's report: {where}: {first['msg']}") from error
+        raise WorkerError(f"{path} is not a worker's report: {where}: {first['msg']}") from error

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_STOPPED = 75  # stopped on request after a checkpoint: to be resumed, not a failed attempt
 LOG_TAIL_BYTES = 4000
+STOP_POLL_SECONDS = 0.05
 
 Message = dict[str, Any]
 
@@ -74,17 +76,19 @@ class Worker:
             self._reader.join()
         return code
 
-    def stop(self, timeout_seconds: float) -> int:
-        """Ask it to stop (SIGTERM), wait, then make it (SIGKILL); returns its exit code."""
+    def stop(self, timeout_seconds: float, should_force: Callable[[], bool] = lambda: False) -> int:
+        """Ask it to stop (SIGTERM), wait, then make it (SIGKILL); returns its exit code.
+
+        Args:
+            should_force: asked while waiting; True ends the patience at once.
+        """
+        deadline = time.monotonic() + timeout_seconds
         if self.poll() is None:
             self._process.terminate()
-            try:
-                self._process.wait(timeout_seconds)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-        code = self._process.wait()
-        self._reader.join()
-        return code
+        while self.poll() is None and time.monotonic() < deadline and not should_force():
+            time.sleep(STOP_POLL_SECONDS)
+        self.kill()
+        return self._process.returncode
 
     def kill(self) -> None:
         """End it at once; as safe as a power cut, which it must survive anyway."""

@@ -1,0 +1,258 @@
+"""What happens to a batch between queued/ and done/, held/ or failed/: attempts, the worker, the gate.
+
+One thing at a time: either a worker runs (`observe` looks after it), or `advance` moves one batch one step.
+What is kept in memory (the running worker, waiting times) may be lost at any moment; the files say how to go
+on.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from daemon import attempts, logs
+from daemon.batch import Batch
+from daemon.errors import BatchError, DaemonError
+from daemon.plan import CHECKPOINT_DIR
+from daemon.publish import Publisher
+from daemon.reception import known
+from daemon.recovery import next_step
+from daemon.spool import Reason
+from daemon.status import free_bytes, is_full_disk
+from daemon.supervisor import EXIT_DONE, EXIT_STOPPED, Worker, default_command
+from deploy import atomic
+from deploy.errors import DeployError, StoreError
+
+LOG_NAME = "worker.log"
+RETRY_HINT = "look at worker.log beside this file, mend the cause, and drop the images again"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How workers are started.
+
+    Attributes:
+        config_path: handed to the worker, which reads the same configuration; None for the defaults.
+        wake: called from another thread when a worker says something.
+        make_command: the command line for given worker arguments; tests put a stand-in here.
+    """
+
+    config_path: Path | None = None
+    wake: Callable[[], None] = lambda: None
+    make_command: Callable[..., list[str]] = default_command
+
+
+@dataclass
+class _Job:
+    batch: str
+    parent: int
+    worker: Worker
+    progress: dict[str, Any] = field(default_factory=dict)
+
+
+class Lifecycle:
+    """Works off the spool, batch by batch in the order they came."""
+
+    def __init__(self, publisher: Publisher, launch: Launch) -> None:
+        self._publisher = publisher
+        self._launch = launch
+        self._home, self._config = publisher.home, publisher.config
+        self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
+        self._job: _Job | None = None
+        self._not_before: dict[str, float] = {}  # batch id → time of its next attempt
+
+    @property
+    def working(self) -> dict[str, Any] | None:
+        """The batch a worker has, with its phase and step; None while none runs."""
+        return None if self._job is None else {"batch": self._job.batch, **self._job.progress}
+
+    def close_interrupted(self) -> None:
+        """At start: mark attempts that ended with the previous daemon."""
+        for batch_id in self._spool.ids("work"):
+            try:
+                batch = self._spool.load(batch_id)
+            except BatchError:
+                continue  # `advance` puts it into failed/
+            closed = attempts.close_interrupted(batch)
+            if closed is not batch:
+                self._spool.save(closed)
+                logs.log(
+                    "recovered", batch=batch_id, attempt=len(batch.attempts), outcome=attempts.INTERRUPTED
+                )
+
+    def observe(self, now: float) -> None:
+        """Hear the running worker, and act when it has ended or must not go on."""
+        job = self._job
+        if job is None:
+            return
+        for message in job.worker.messages():
+            if message["event"] in ("phase", "step"):
+                job.progress |= {key: value for key, value in message.items() if key != "event"}
+        code = job.worker.poll()
+        if code is not None:
+            self._job = None
+            self._ended(job, code, now)
+        elif self._store.pin() is not None:
+            self.interrupt(f"{attempts.RESTARTED}a version was pinned")
+        elif self._store.current() != job.parent:
+            self.interrupt(f"{attempts.RESTARTED}version {self._store.current()} was made live")
+
+    def advance(self, now: float) -> bool:
+        """Move one batch one step; says whether there was anything to do. While pinned there never is."""
+        if self._job is not None or self._store.pin() is not None:
+            return False
+        for batch_id in self._spool.ids("work"):
+            self._proceed(batch_id, now)
+            return True
+        for batch_id in self._spool.ids("queued"):
+            if self._not_before.get(batch_id, now) <= now:
+                self._take(batch_id)
+                return True
+        return False
+
+    def interrupt(self, outcome: str, should_force: Callable[[], bool] = lambda: False) -> None:
+        """Stop the worker, if there is one, giving it time for a checkpoint."""
+        job, self._job = self._job, None
+        if job is not None:
+            code = job.worker.stop(self._config.learning.stop_seconds, should_force)
+            logs.log("worker stopped", batch=job.batch, code=code, outcome=outcome)
+            self._spool.save(self._spool.load(job.batch).with_outcome(outcome))
+
+    def _take(self, batch_id: str) -> None:
+        """From queued/ to work/, unless the same was published before: then straight to done/."""
+        try:
+            batch = self._spool.load(batch_id)
+        except BatchError as error:
+            self._give_up(batch_id, str(error))
+            return
+        other = self._published_twin(batch)
+        if other is None:
+            self._spool.move(batch_id, "work")
+            return
+        self._spool.save(batch.model_copy(update={"duplicate_of": other}))
+        self._spool.move(batch_id, "done")
+        self._tell("duplicate", batch=batch_id, duplicate_of=other)
+
+    def _published_twin(self, batch: Batch) -> str | None:
+        """The batch that brought the same and was published while this one waited."""
+        found = known(self._store)
+        twin = found.contents.get(batch.content_sha256)
+        if batch.producer_id is not None:
+            twin = found.producer_ids.get(batch.producer_id, twin)
+        return twin if twin != batch.id else None
+
+    def _proceed(self, batch_id: str, now: float) -> None:
+        """The next step of a batch in work/, as `recovery.next_step` says."""
+        listing = self._publisher.look(batch_id)
+        step = next_step(listing, self._store.current())
+        if step == "finish":
+            assert listing.published_as is not None
+            self._publisher.finish(batch_id, listing.published_as)
+        elif step == "judge":
+            self._judge(batch_id, now)
+        elif step == "redo":
+            self._publisher.discard_result(batch_id)
+        elif step == "restart":
+            logs.log("restarting", batch=batch_id, live=self._store.current())
+            self._publisher.discard_learning(batch_id)
+        else:
+            self._start(batch_id, now)
+
+    def _start(self, batch_id: str, now: float) -> None:
+        try:
+            batch = attempts.close_interrupted(self._spool.load(batch_id))
+        except BatchError as error:
+            self._give_up(batch_id, str(error))
+            return
+        if (why := attempts.why_give_up(batch, self._config.attempts)) is not None:
+            self._give_up(batch_id, why)
+            return
+        live = self._store.current()
+        self._check_space(batch_id, live)
+        batch = batch.with_attempt(datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"))
+        self._spool.save(batch)  # before the worker exists: an attempt that kills us is counted
+        self._publisher.drop_staging(batch_id)
+        config_path = self._launch.config_path
+        command = self._launch.make_command(
+            *("adapt", "--home", str(self._home), "--config", str(config_path) if config_path else ""),
+            *("--batch", batch_id, "--parent", str(live)),
+        )
+        log_path = self._spool.state_dir("work") / batch_id / LOG_NAME
+        worker = Worker(command, log_path, wake=self._launch.wake)
+        self._job = _Job(batch_id, live, worker, {"phase": "start"})
+        self._tell("adapting", batch=batch_id, parent=live, attempt=len(batch.attempts), pid=worker.pid)
+
+    def _check_space(self, batch_id: str, live: int) -> None:
+        """Refuse to start what cannot be finished: the new version, and as much again for checkpoints.
+
+        Raises:
+            StoreError: the disk has too little space; the batch waits in work/.
+        """
+        needed = 2 * sum(record.bytes for record in self._store.manifest(live).files.values())
+        free = free_bytes(self._home)
+        if free < needed:
+            raise StoreError(
+                f"the disk is too full to learn {batch_id}: {needed:,} bytes are needed, {free:,} are free. "
+                f"It waits in {self._spool.state_dir('work') / batch_id}; free some space."
+            )
+
+    def _ended(self, job: _Job, code: int, now: float) -> None:
+        if code == EXIT_STOPPED:
+            self._spool.save(self._spool.load(job.batch).with_outcome(attempts.INTERRUPTED))
+        elif code != EXIT_DONE:
+            error = job.worker.error or {}
+            # Killed from outside (out of memory, say) it goes on from its checkpoint; failing by itself, it
+            # would only fail there again.
+            if code > 0:
+                atomic.remove_tree(self._spool.state_dir("work") / job.batch / CHECKPOINT_DIR)
+            self._failed(
+                job.batch, job.worker.why_it_failed(code), now, retry=error.get("retry") is not False
+            )
+        elif self._publisher.look(job.batch).report_parent is None:
+            self._failed(job.batch, "the worker ended well but left no readable report", now)
+
+    def _judge(self, batch_id: str, now: float) -> None:
+        try:
+            self._publisher.judge(batch_id, datetime.fromtimestamp(now, UTC))
+        except (DeployError, DaemonError) as error:
+            if is_full_disk(error) or isinstance(error, BatchError):
+                raise
+            # What the worker made cannot be published (a file cut short, say): it makes it again.
+            self._publisher.discard_result(batch_id)
+            self._failed(batch_id, str(error), now)
+
+    def _failed(self, batch_id: str, why: str, now: float, *, retry: bool = True) -> None:
+        """One attempt failed: note it, then wait for the next one in queued/, or give up."""
+        batch = self._spool.load(batch_id)
+        if batch.attempts:
+            batch = batch.with_outcome(f"{attempts.FAILED}{why}")
+            self._spool.save(batch)
+        reason = why if not retry else attempts.why_give_up(batch, self._config.attempts)
+        if reason is not None:
+            self._give_up(batch_id, reason)
+            return
+        wait = attempts.wait_seconds(batch, self._config.attempts)
+        self._not_before[batch_id] = now + wait
+        self._spool.move(batch_id, "queued")
+        self._tell("attempt_failed", logging.WARNING, batch=batch_id, why=why, next_attempt_seconds=wait)
+
+    def _give_up(self, batch_id: str, why: str) -> None:
+        """Put a batch into failed/ with the reason; its images stay, what was learnt goes."""
+        if self._spool.find(batch_id) == "work":
+            self._publisher.discard_learning(batch_id)
+        details = _failures(self._spool, batch_id)
+        moment = datetime.now(UTC).isoformat(timespec="seconds")
+        self._spool.fail(
+            Reason(batch=batch_id, reason=why, what_to_do=RETRY_HINT, failed_at=moment, details=details)
+        )
+        self._tell("failed", logging.ERROR, batch=batch_id, why=why)
+
+
+def _failures(spool: Any, batch_id: str) -> list[str]:
+    try:
+        batch: Batch = spool.load(batch_id)
+    except BatchError:
+        return []
+    return attempts.failures(batch)

@@ -1,0 +1,165 @@
+"""From a worker's report to a live version, or to held/. Every step may be cut short and is harmless to
+repeat.
+
+    judge    report → gate → publish (staging → versions/N → current), or hold (spool/held/<id>)
+    finish   exam images → exams/<id>, batch → done/<id>, old versions pruned
+
+Knows nothing of workers; the service says when.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from daemon.batch import Batch
+from daemon.config import Config
+from daemon.errors import WorkerError
+from daemon.exams import keep_exam
+from daemon.gate import decide
+from daemon.plan import CHECKPOINT_DIR, PLAN_NAME, Plan
+from daemon.recovery import WorkListing
+from daemon.report import DECISION_NAME, DELTA_NAME, RESULT_DIR, Report, load_report
+from daemon.spool import Spool
+from deploy import atomic
+from deploy.manifest import Decision, Manifest
+from deploy.store import STAGING_PREFIX, VersionStore
+
+Tell = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """The publishing side of one home.
+
+    Attributes:
+        tell: called with an event's name and fields once its effect is on disk.
+    """
+
+    home: Path
+    config: Config
+    spool: Spool
+    store: VersionStore
+    tell: Tell
+
+    def look(self, batch_id: str) -> WorkListing:
+        """What lies on disk for a batch in work/."""
+        work_dir = self.spool.state_dir("work") / batch_id
+        published = self.store.published_batches().get(batch_id)
+        report = _readable_report(work_dir)
+        return WorkListing(
+            published_as=published.version if published else None,
+            report_parent=report.parent if report else None,
+            plan_parent=_planned_parent(work_dir),
+            has_staging=self.staging_dir(batch_id).is_dir(),
+        )
+
+    def staging_dir(self, batch_id: str) -> Path:
+        """Where the worker stages this batch's version."""
+        return self.store.versions_dir / f"{STAGING_PREFIX}{batch_id}"
+
+    def judge(self, batch_id: str, now: datetime) -> Decision:
+        """Decide about the finished candidate and act on it.
+
+        Raises:
+            WorkerError: what the worker left cannot be published; the live version is what it was.
+            StoreError, VerifyError, OSError: publishing failed; the live version is what it was.
+        """
+        work_dir = self.spool.state_dir("work") / batch_id
+        report = load_report(work_dir / RESULT_DIR)
+        decision = decide(report.exams, self.config.exam)
+        batch = self.spool.load(batch_id)
+        if decision.outcome == "hold":
+            self._hold(batch, report, decision)
+        else:
+            version = self.store.publish(self.staging_dir(batch_id), self._manifest(report, decision, now))
+            self.finish(batch_id, version)
+        return decision
+
+    def finish(self, batch_id: str, version: int) -> None:
+        """Do what is left to do for a batch that is published; only then are old versions pruned."""
+        work_dir = self.spool.state_dir("work") / batch_id
+        batch = self.spool.load(batch_id)
+        if self.config.exam.keep:
+            limit = self.config.exam.max_images_per_class
+            keep_exam(self.home, batch, work_dir, max_images_per_class=limit)
+        atomic.remove_tree(work_dir / CHECKPOINT_DIR)
+        if (work_dir / RESULT_DIR).is_dir():
+            atomic.remove_file(work_dir / RESULT_DIR / DELTA_NAME)  # it is in the version
+        if batch.attempts:
+            self.spool.save(batch.with_outcome(f"published as version {version}"))
+        self.spool.move(batch_id, "done")
+        self.tell("published", batch=batch_id, version=version, **self._figures(version))
+        self.prune()
+
+    def discard_learning(self, batch_id: str) -> None:
+        """Throw away everything learnt for a batch in work/, its images apart."""
+        work_dir = self.spool.state_dir("work") / batch_id
+        # The plan goes first: without it a checkpoint means nothing.
+        atomic.remove_file(work_dir / PLAN_NAME)
+        atomic.remove_tree(work_dir / CHECKPOINT_DIR)
+        self.discard_result(batch_id)
+
+    def discard_result(self, batch_id: str) -> None:
+        """Throw away report and staged version, so that the worker makes them again from its checkpoint."""
+        atomic.remove_tree(self.spool.state_dir("work") / batch_id / RESULT_DIR)
+        atomic.remove_tree(self.staging_dir(batch_id))
+
+    def drop_staging(self, batch_id: str) -> None:
+        """Remove a staged version that no report vouches for."""
+        atomic.remove_tree(self.staging_dir(batch_id))
+
+    def prune(self) -> None:
+        """Free the weights of versions that the policy no longer keeps."""
+        for version in self.store.prune(self.config.store.keep_full):
+            self.tell("pruned", version=version)
+
+    def _hold(self, batch: Batch, report: Report, decision: Decision) -> None:
+        work_dir = self.spool.state_dir("work") / batch.id
+        atomic.write_text(work_dir / RESULT_DIR / DECISION_NAME, decision.model_dump_json(indent=2) + "\n")
+        atomic.remove_tree(self.staging_dir(batch.id))
+        atomic.remove_tree(work_dir / CHECKPOINT_DIR)
+        if batch.attempts:
+            self.spool.save(batch.with_outcome("held"))
+        self.spool.move(batch.id, "held")
+        why = "; ".join(rule.detail for rule in decision.rules if not rule.passed)
+        self.tell("held", batch=batch.id, parent=report.parent, why=why)
+
+    def _manifest(self, report: Report, decision: Decision, now: datetime) -> Manifest:
+        given = {
+            "version": self.store.next_version(),
+            "created_at": now.astimezone(UTC),
+            "decision": decision,
+        }
+        try:
+            return Manifest(**(report.manifest | given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise WorkerError(f"the worker's report makes no manifest: {where}: {first['msg']}") from error
+
+    def _figures(self, version: int) -> dict[str, Any]:
+        """What the event says beside its name: the batch's own exam, in a few numbers."""
+        manifest = self.store.manifest(version)
+        exams = (manifest.metrics or {}).get("exams")
+        own = exams[0] if isinstance(exams, list) and exams else None
+        if not isinstance(own, dict) or not manifest.batch or own.get("batch") != manifest.batch.id:
+            return {}
+        return {"exam_before": own.get("accuracy_before"), "exam_after": own.get("accuracy_after")}
+
+
+def _readable_report(work_dir: Path) -> Report | None:
+    try:
+        return load_report(work_dir / RESULT_DIR)
+    except WorkerError:
+        return None
+
+
+def _planned_parent(work_dir: Path) -> int | None:
+    try:
+        return Plan.model_validate_json((work_dir / PLAN_NAME).read_bytes()).parent
+    except (FileNotFoundError, ValidationError):
+        return None

@@ -1,0 +1,92 @@
+"""Between the service and the intake: when to look at the inbox, what to tell, what is known already."""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from daemon.compose import Known, KnownClass
+from daemon.config import Config
+from daemon.intake import Intake
+from daemon.spool import Spool
+from deploy.manifest import load_classes
+from deploy.store import VersionStore
+
+# Names of events.jsonl, and how loud they are in the log.
+_EVENTS = {
+    "batch_queued": ("queued", logging.INFO),
+    "batch_duplicate": ("duplicate", logging.INFO),
+    "batch_failed": ("failed", logging.ERROR),
+    "intake_waits": ("intake_waits", logging.WARNING),
+    "inbox_problem": ("inbox_problem", logging.WARNING),
+}
+
+
+class Reception:
+    """Lets the intake look when something may have become ready: at its own times, or when a watcher woke us.
+
+    Args:
+        tell: called with an event's name, a log level, and fields.
+        should_stop: asked between two images of a drop.
+    """
+
+    def __init__(self, home: Path, config: Config, *, tell: Callable[..., None]) -> None:
+        spool, store = Spool(home), VersionStore(home / "serving")
+        self._tell = tell
+        self._next_scan = 0.0
+        self.wake = threading.Event()
+        self.should_stop: Callable[[], bool] = lambda: False
+        self._intake = Intake(
+            config,
+            config.inbox_dir(home),
+            spool,
+            known=lambda: known(store),
+            should_stop=self._is_stopping,
+        )
+
+    def _is_stopping(self) -> bool:
+        return self.should_stop()
+
+    def tick(self, now: float) -> None:
+        """Look at the inbox if it is time to, and take in what is ready.
+
+        Raises:
+            InboxError: the inbox cannot be read; says what to do.
+        """
+        if now < self._next_scan and not self.wake.is_set():
+            return
+        self.wake.clear()
+        for event in self._intake.step(now):
+            name, level = _EVENTS[event.event]
+            self._tell(name, level, batch=event.batch, why=event.message)
+        self._next_scan = now + self._intake.seconds_to_next_scan(now)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the inbox has been looked at and nothing in it is on its way in."""
+        return self._next_scan > 0 and not self.wake.is_set() and self._intake.is_idle
+
+    @property
+    def problems(self) -> list[str]:
+        """A sentence for everything that is left lying in the inbox, and for why nothing is taken in."""
+        found = [problem.sentence for problem in self._intake.problems]
+        return [*found, self._intake.waits] if self._intake.waits else found
+
+
+def known(store: VersionStore) -> Known:
+    """What the published versions say about classes and batches.
+
+    Producer ids count over all manifests, for a delivery is the same delivery for ever. Contents count over
+    the live lineage only: what an operator rolled back may be dropped again.
+    """
+    if not store.versions():
+        return Known()
+    published = store.published_batches()
+    lineage = {entry.batch for entry in store.live_manifest().lineage}
+    classes = load_classes(store.path(store.current())).classes
+    return Known(
+        classes={entry.key: KnownClass(entry.name, entry.template) for entry in classes},
+        producer_ids={p.producer_id: batch for batch, p in published.items() if p.producer_id is not None},
+        contents={p.content_sha256: batch for batch, p in published.items() if batch in lineage},
+        batch_ids=tuple(published),
+    )

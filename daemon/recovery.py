@@ -1,0 +1,85 @@
+"""What a listing calls for: pure functions, so that a killed daemon goes on where the files say it was.
+
+The service asks `next_step` about every batch in work/ whenever no worker runs. Going on after a crash and
+going on normally are therefore the same code, and the same code is tested all the time.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from daemon.batch import Batch
+from daemon.spool import State
+from deploy.manifest import Manifest
+
+Step = Literal["finish", "judge", "redo", "restart", "resume"]
+
+
+@dataclass(frozen=True)
+class WorkListing:
+    """What lies on disk for one batch in work/.
+
+    Attributes:
+        published_as: the version that holds this batch, if there is one.
+        report_parent: the parent named in the worker's report; None without a readable report.
+        plan_parent: the parent named in plan.json; None without a plan.
+        has_staging: the staged version is there.
+    """
+
+    published_as: int | None = None
+    report_parent: int | None = None
+    plan_parent: int | None = None
+    has_staging: bool = False
+
+
+def next_step(listing: WorkListing, live: int) -> Step:
+    """What to do with a batch in work/ while no worker runs.
+
+    finish    it is published: keep its exam, move it to done/
+    judge     the worker is done and all it made is there: publish or hold
+    redo      the report is there but the staged version is gone: let the worker make it again
+    restart   it was learnt on top of another version than the live one: throw that away and start over
+    resume    let a worker start, or go on from its checkpoint
+    """
+    if listing.published_as is not None:
+        return "finish"
+    if listing.report_parent is not None:
+        if listing.report_parent != live:
+            return "restart"
+        return "judge" if listing.has_staging else "redo"
+    if listing.plan_parent is not None and listing.plan_parent != live:
+        return "restart"
+    return "resume"
+
+
+def missing_events(
+    known: Iterable[Mapping[str, Any]], manifests: Iterable[Manifest], batches: Iterable[tuple[State, Batch]]
+) -> Iterator[dict[str, Any]]:
+    """Events that should be in the log and are not, as arguments for `EventLog.append`.
+
+    A crash between an effect and its line loses the line. Every version and every batch that left work/ gets
+    the one event that says so; what the files do not say (when a batch was claimed, say) is not made up.
+    """
+    seen = {(entry["event"], entry.get("batch"), entry.get("version")) for entry in known}
+    told = {(event, batch) for event, batch, _ in seen}
+    for manifest in manifests:
+        batch_id = manifest.batch.id if manifest.batch else None
+        event = "initialised" if manifest.kind == "initial" else "published"
+        if (event, batch_id, manifest.version) not in seen:
+            yield {
+                "event": event,
+                "at": manifest.created_at,
+                "batch": batch_id,
+                "version": manifest.version,
+                "late": True,
+            }
+    for state, batch in batches:
+        event = "duplicate" if state == "done" and batch.duplicate_of else state
+        if event in ("held", "failed", "duplicate") and (event, batch.id) not in told:
+            yield {"event": event, "at": _last_known(batch), "batch": batch.id, "late": True}
+
+
+def _last_known(batch: Batch) -> datetime:
+    """The latest time that the record of a batch names."""
+    return datetime.fromisoformat(batch.attempts[-1].started_at if batch.attempts else batch.received_at)

@@ -1,0 +1,108 @@
+"""What is going on: from the files for anyone who asks, and in `status.json` while a daemon runs.
+
+`status.json` is a convenience for watchers, replaced in one rename and not fsynced: it is of no use after a
+crash, and nothing reads it to decide. `snapshot` reads the listing itself.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from daemon.lock import holder
+from daemon.spool import Spool
+from deploy import atomic
+from deploy.errors import StoreError
+from deploy.store import VersionStore
+from deploy.store_reader import Pin
+
+STATUS_NAME = "status.json"
+MIN_SECONDS = 0.25  # between two writes
+
+
+class StatusFile:
+    """Writes status.json, at most four times a second unless told that it matters."""
+
+    def __init__(self, home: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = home / STATUS_NAME
+        self._clock = clock
+        self._written_at = float("-inf")
+        self._last: dict[str, Any] | None = None
+
+    def write(self, content: dict[str, Any], *, now_or_later: bool = False) -> None:
+        """Replace the file, unless nothing changed or the last write was a moment ago.
+
+        Args:
+            now_or_later: the content may be dropped, because another call comes soon (progress within a
+                phase).
+        """
+        if content == self._last or (now_or_later and self._clock() - self._written_at < MIN_SECONDS):
+            return
+        temporary = atomic.temporary_beside(self._path)
+        try:
+            temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.replace(self._path)
+        except OSError:
+            # A full disk must not end the daemon over a convenience.
+            temporary.unlink(missing_ok=True)
+            return
+        self._written_at, self._last = self._clock(), content
+
+    def remove(self) -> None:
+        """Nothing runs any more."""
+        self._path.unlink(missing_ok=True)
+        self._last = None
+
+
+def snapshot(home: Path) -> dict[str, Any]:
+    """The state of a home, from its files: live version, pin, batches by state, what is being learnt."""
+    spool, store = Spool(home), VersionStore(home / "serving")
+    pid = holder(home)
+    said = read_status(home) if pid is not None else {}
+    content: dict[str, Any] = {"home": str(home), "daemon": pid, "state": said.get("state", "stopped")}
+    content |= live_version(store)
+    content["working"] = said.get("working")
+    content["batches"] = {
+        state: spool.ids(state) for state in ("incoming", "queued", "work", "held", "failed")
+    } | {"done": len(spool.ids("done"))}
+    content["inbox"] = said.get("inbox", [])
+    return content
+
+
+def live_version(store: VersionStore) -> dict[str, Any]:
+    """`live` and `pin`; `live_error` says why there is no live version."""
+    try:
+        return {"live": store.current(), "pin": pin_fields(store.pin())}
+    except StoreError as error:
+        return {"live": None, "pin": None, "live_error": str(error)}
+
+
+def pin_fields(pin: Pin | None) -> dict[str, Any] | None:
+    """A pin as JSON values."""
+    return pin.model_dump(mode="json") if pin else None
+
+
+def read_status(home: Path) -> dict[str, Any]:
+    """The content of status.json; empty when there is none."""
+    try:
+        found = json.loads((home / STATUS_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is the operating system's "no space left"."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+            return True
+        error = error.__cause__
+    return False
+
+
+def free_bytes(path: Path) -> int:
+    """Free space that an unprivileged process may use on the file system of `path`."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
