@@ -9,6 +9,7 @@ its intermediate image would not fit in memory; see _MAX_RESIZED_PIXELS.
 import functools
 import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -286,13 +287,15 @@ def _resize_window(
     """Compute only the centre ``window`` (width, height) of ``image`` resized to ``resized``."""
     left, top = (round((whole - kept) / 2) for whole, kept in zip(resized, window, strict=True))
     scale_x, scale_y = image.width / resized[0], image.height / resized[1]
-    box = (
-        left * scale_x,
-        top * scale_y,
-        min((left + window[0]) * scale_x, image.width),
-        min((top + window[1]) * scale_y, image.height),
-    )
-    return image.resize(window, resample, box=box)
+    x0, x1 = left * scale_x, min((left + window[0]) * scale_x, image.width)
+    y0, y1 = top * scale_y, min((top + window[1]) * scale_y, image.height)
+    # The rows that the filter reaches; then columns before rows, as Pillow does for the whole picture
+    # (for a narrow window it would turn the order round, and clip other values on the way).
+    reach = math.ceil(3 * max(1, scale_y))
+    first, last = max(0, math.floor(y0) - reach), min(image.height, math.ceil(y1) + reach)
+    strip = image.crop((0, first, image.width, last))
+    strip = strip.resize((window[0], strip.height), resample, box=(x0, 0, x1, strip.height))
+    return strip.resize(window, resample, box=(0, y0 - first, window[0], y1 - first))
 
 
 def _crop_or_pad(image: Image.Image, target: tuple[int, int], fill: int) -> Image.Image:

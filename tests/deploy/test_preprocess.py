@@ -371,7 +371,7 @@ def png_header(side: int) -> bytes:
 @pytest.mark.parametrize("side", [9000, 11000, 30000])
 def test_an_image_of_30000_by_30000_is_refused_before_it_is_decoded(side: int) -> None:
     """A small file that unpacks to gigabytes is told by its header, below and above Pillow's own limits."""
-    with pytest.raises(ImageError, match="too many pixels.* 80,000,000"):
+    with pytest.raises(ImageError, match=r"too many pixels.* 80,000,000"):
         decode_image(png_header(side))
 
 
