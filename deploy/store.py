@@ -186,6 +186,9 @@ class VersionStore(StoreReader):
 
     def _check_succession(self, staging: Path, manifest: Manifest) -> None:
         """Check that this is the version that may come next."""
+        missing = [name for name in REQUIRED_NAMES if name not in manifest.files]
+        if missing:
+            raise VerifyError(f"the manifest of version {manifest.version} does not list {missing}")
         pin = self.pin()
         if pin is not None:
             raise StoreError(
@@ -220,11 +223,6 @@ class VersionStore(StoreReader):
 
     def _seal(self, staging: Path, manifest: Manifest) -> None:
         """Flush the files, read them again, make them read-only, and add the manifest last."""
-        missing = sorted(set(REQUIRED_NAMES) - manifest.files.keys())
-        if missing:
-            raise VerifyError(
-                f"the manifest of version {manifest.version} does not list {', '.join(missing)}"
-            )
         (staging / MANIFEST_NAME).unlink(missing_ok=True)  # an earlier try of this publication
         for name in manifest.files:
             if (staging / name).is_file() and not (staging / name).is_symlink():
@@ -239,7 +237,7 @@ class VersionStore(StoreReader):
     def _make_live(self, staging: Path, version: int) -> None:
         """Give the sealed directory its number and point ``current`` at it (see the module's docstring)."""
         upcoming = self.serving_dir / NEXT_NAME
-        atomic.remove_file(upcoming)
+        upcoming.unlink(missing_ok=True)
         upcoming.symlink_to(f"{VERSIONS_NAME}/{version}")
         atomic.fsync_dir(self.serving_dir)
         atomic.rename(staging, self.path(version))
