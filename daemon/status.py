@@ -68,6 +68,7 @@ def snapshot(home: Path) -> dict[str, Any]:
         state: spool.ids(state) for state in ("incoming", "queued", "work", "held", "failed")
     } | {"done": len(spool.ids("done"))}
     content["inbox"] = said.get("inbox", [])
+    content["trouble"] = said.get("trouble")
     return content
 
 

@@ -1,0 +1,190 @@
+"""Commands that bring something in: init, run, submit."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daemon import logs
+from daemon.errors import ConfigError, WorkerError
+from daemon.output import Options, common_options, pass_options
+
+HELD, FAILED = 3, 1
+
+
+@click.command()
+@click.argument("home", required=False, type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--model", default="bundled", show_default=True, help="The bundled CLIP or an open_clip architecture."
+)
+@click.option("--pretrained", help="An open_clip tag, or a checkpoint file.")
+@click.option(
+    "--classes",
+    "classes_path",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A file of class names to know from the start, one per line.",
+)
+@common_options
+@pass_options
+def init(
+    options: Options, home: Path | None, model: str, *, pretrained: str | None, classes_path: Path | None
+) -> None:
+    """Make a home and publish version 0."""
+    from daemon.events import EventLog
+    from daemon.home import create_home
+    from daemon.lock import HomeLock
+    from daemon.progress import showing
+    from deploy.manifest import load_classes
+    from deploy.store import VersionStore
+
+    home = home or options.home
+    store = VersionStore(home / "serving")
+    if versions := store.versions():
+        raise ConfigError(
+            f"{home} is a home already, with versions up to {versions[-1]}; expected a free path. "
+            f"Look at it with `dynlora status --home {home}`."
+        )
+    create_home(home)
+    arguments = ["init", "--home", str(home), "--model", model]
+    arguments += ["--pretrained", pretrained] if pretrained else []
+    arguments += ["--classes", str(classes_path)] if classes_path else []
+    with HomeLock(home), showing() as view:
+        _run_worker(home, arguments, view)
+        EventLog(home).append("initialised", version=store.current())
+    names = [entry.name for entry in load_classes(store.path(0)).classes]
+    manifest = store.live_manifest()
+    document = {
+        "home": str(home),
+        "version": manifest.version,
+        "architecture": manifest.architecture,
+        "classes": names,
+    }
+    options.show(document, lambda: _say_initialised(home, manifest.architecture, len(names)))
+
+
+@click.command()
+@click.option(
+    "--once", is_flag=True, help="Work off the inbox, then exit: 3 if a batch was held, 1 if one failed."
+)
+@common_options
+@pass_options
+def run(options: Options, *, once: bool) -> None:
+    """Take in what is dropped, learn it, publish it; until SIGTERM or Ctrl-C."""
+    from daemon import loop
+    from daemon.progress import showing
+
+    home, config = options.existing_home(), options.config()
+    with showing(config.log.level) as view:
+        found = loop.run(home, config, config_path=options.config_path(), view=view, once=once)
+    events = {outcome["event"] for outcome in found["outcomes"]}
+    options.show(found, lambda: _say_outcomes(found, once=once))
+    if once:
+        sys.exit(FAILED if "failed" in events else HELD if "held" in events else 0)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Only say what would be accepted; submit nothing.")
+@click.option("--wait", is_flag=True, help="Wait until it is live, held or failed, and exit accordingly.")
+@click.option("--id", "producer_id", help="Your own key for this batch: the same id is never learnt twice.")
+@click.option("--template", help="Prompt template with one {}, for example 'a scan of a {}.'.")
+@common_options
+@pass_options
+def submit(
+    options: Options, path: Path, *, check: bool, wait: bool, producer_id: str | None, template: str | None
+) -> None:
+    """Put a class folder, a batch folder or an archive into the inbox, complete."""
+    from daemon import submit as door
+    from daemon.progress import showing
+
+    home, config = options.existing_home(), options.config()
+    if check:
+        _check(options, path)
+        return
+    identity = door.submit(path, config.inbox_dir(home), producer_id=producer_id, templates=template)
+    if not wait:
+        document = {"id": identity, "inbox": str(config.inbox_dir(home))}
+        options.show(document, lambda: click.echo(f"submitted {path} with id {identity}"))
+        return
+    from daemon.waiting import wait_for
+
+    with showing(config.log.level) as view:
+        outcome = wait_for(home, identity, view)
+    options.show(outcome, lambda: click.echo(_outcome_line(outcome)))
+    sys.exit({"failed": FAILED, "held": HELD}.get(outcome["event"], 0))
+
+
+def _check(options: Options, path: Path) -> None:
+    from daemon import submit as door
+    from daemon.reception import known
+
+    report = door.check(path, options.config(), known(options.store()))
+    document = {
+        "accepted": report.is_accepted,
+        "classes": report.classes,
+        "set_aside": report.set_aside,
+        "warnings": report.warnings,
+        "refused": report.refused,
+    }
+
+    def text() -> None:
+        for name, count in report.classes.items():
+            click.echo(f"{name}: {count} images")
+        for sentence in [*report.set_aside, *report.warnings]:
+            click.echo(sentence)
+        click.echo("it would be accepted" if report.is_accepted else f"it would be refused: {report.refused}")
+
+    options.show(document, text)
+    sys.exit(0 if report.is_accepted else FAILED)
+
+
+def _run_worker(home: Path, arguments: list[str], view: Any) -> None:
+    """Run a worker to its end and show how far it is.
+
+    Raises:
+        WorkerError: it failed; carries its own sentence.
+    """
+    import threading
+
+    from daemon.supervisor import Worker, default_command
+
+    wake = threading.Event()
+    worker = Worker(default_command(*arguments), home / "worker.log", wake=wake.set)
+    phase = "start"
+    try:
+        while (code := worker.poll()) is None:
+            for message in worker.messages():
+                phase = message.get("phase", phase)
+            view.update(phase)
+            wake.wait(0.2)
+            wake.clear()
+    finally:
+        worker.kill()
+    if code:
+        raise WorkerError(worker.why_it_failed(code))
+    logs.log("initialised", home=str(home))
+
+
+def _say_initialised(home: Path, architecture: str, count: int) -> None:
+    click.echo(f"{home} is ready: version 0 is live ({architecture}, {count} class names).")
+    click.echo(
+        f"Start the daemon with `dynlora --home {home} run` and drop class folders into {home / 'inbox'}."
+    )
+
+
+def _say_outcomes(found: dict[str, Any], *, once: bool) -> None:
+    for outcome in found["outcomes"]:
+        click.echo(_outcome_line(outcome))
+    if once and not found["outcomes"]:
+        pinned = "a version is pinned; batches wait for `dynlora unpin`"
+        click.echo(pinned if found["pinned"] else "there was nothing to learn")
+
+
+def _outcome_line(outcome: dict[str, Any]) -> str:
+    event, batch = outcome["event"], outcome.get("batch")
+    if event == "published":
+        return f"{batch} is live as version {outcome['version']}"
+    if event == "duplicate":
+        return f"{batch} was not learnt again: {outcome['duplicate_of']} brought the same"
+    return f"{batch} {'was held' if event == 'held' else 'failed'}: {outcome.get('why')}"

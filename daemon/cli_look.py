@@ -1,0 +1,194 @@
+"""Commands that only look: status, versions, show, classes, verify, check-config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from daemon.output import Options, common_options, pass_options, percent, table
+from deploy.manifest import Manifest
+
+
+@click.command()
+@common_options
+@pass_options
+def status(options: Options) -> None:
+    """Say what is going on: queue, batch at work, live version, pin."""
+    from daemon.status import snapshot
+
+    found = snapshot(options.existing_home())
+    options.show(found, lambda: _say_status(found))
+
+
+@click.command()
+@common_options
+@pass_options
+def versions(options: Options) -> None:
+    """List all versions."""
+    store = options.store()
+    live, pin = store.current(), store.pin()
+    rows = [
+        {
+            "version": number,
+            "kind": manifest.kind,
+            "parent": manifest.parent,
+            "batch": manifest.batch.id if manifest.batch else None,
+            "created_at": manifest.created_at.isoformat(timespec="seconds"),
+            "live": number == live,
+            "pinned": pin is not None and number == pin.version,
+            "full": store.is_full(number),
+            **_own_exam(manifest),
+        }
+        for number in store.versions()
+        for manifest in [store.manifest(number)]
+    ]
+    options.show({"versions": rows}, lambda: _say_versions(rows))
+
+
+@click.command()
+@click.argument("version", required=False, type=click.IntRange(min=0))
+@common_options
+@pass_options
+def show(options: Options, version: int | None) -> None:
+    """Show one version (default: the live one): batch, exams, ranks, decision rule by rule."""
+    store = options.store()
+    manifest = store.manifest(store.current() if version is None else version)
+    options.show(manifest.model_dump(mode="json", by_alias=True), lambda: _say_manifest(manifest))
+
+
+@click.command()
+@common_options
+@pass_options
+def classes(options: Options) -> None:
+    """List the classes the live version knows, with template and origin."""
+    from deploy.manifest import load_classes
+
+    store = options.store()
+    entries = load_classes(store.path(store.current())).classes
+    document = {"version": store.current(), "classes": [entry.model_dump() for entry in entries]}
+    rows = [[entry.name, entry.template, entry.batch or "known from the start"] for entry in entries]
+    options.show(document, lambda: table(["class", "template", "origin"], rows))
+
+
+@click.command()
+@click.argument("version", required=False, type=click.IntRange(min=0))
+@common_options
+@pass_options
+def verify(options: Options, version: int | None) -> None:
+    """Re-read a version (default: the live one): checksums, graphs, parity with its reference outputs."""
+    from daemon.progress import showing
+    from deploy.verify import graph_hashes, verify_version
+
+    store = options.store()
+    number = store.current() if version is None else version
+    manifest = store.manifest(number)
+    parent = None if manifest.parent is None else graph_hashes(store.manifest(manifest.parent).files)
+    with showing("warning") as view:
+        view.update("verify", version=number)
+        report = verify_version(store.path(number), parent_graphs=parent)
+    document = {
+        "version": number,
+        "files": len(report.files),
+        "parity": report.parity,
+        "structure_checked": report.structure_checked,
+    }
+    parity = ", ".join(f"{tower} {value:.1e}" for tower, value in report.parity.items())
+    sentence = (
+        f"version {number} is what it was: {len(report.files)} files; largest difference to torch {parity}"
+    )
+    options.show(document, lambda: click.echo(sentence))
+
+
+@click.command("check-config")
+@common_options
+@pass_options
+def check_config(options: Options) -> None:
+    """Read the configuration and say what is wrong with it."""
+    path, config = options.config_path(), options.config()
+    document = {"file": str(path) if path else None, "config": config.model_dump()}
+    sentence = f"{path} is fine" if path else "no configuration file; the defaults count"
+    options.show(document, lambda: click.echo(sentence))
+
+
+def _own_exam(manifest: Manifest) -> dict[str, Any]:
+    """Accuracy on the version's own batch before and after; None where it has no exam."""
+    own = manifest.batch.id if manifest.batch else None
+    row = next((row for row in exam_rows(manifest) if row["batch"] == own), {})
+    return {"exam_before": row.get("accuracy_before"), "exam_after": row.get("accuracy_after")}
+
+
+def exam_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
+    """The exams in a manifest's metrics, the batch's own first."""
+    rows = (manifest.metrics or {}).get("exams")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _say_status(found: Mapping[str, Any]) -> None:
+    daemon = f"running (pid {found['daemon']}), {found['state']}" if found["daemon"] else "not running"
+    click.echo(f"daemon    {daemon}")
+    click.echo(f"live      {found.get('live_error') or 'version ' + str(found['live'])}")
+    if pin := found["pin"]:
+        why = f": {pin['why']}" if pin["why"] else ""
+        click.echo(f"pinned    at version {pin['version']} by {pin['who']}{why}; `dynlora unpin` releases")
+    if working := found["working"]:
+        steps = f" {working['step']}/{working['steps']}" if working.get("steps") else ""
+        click.echo(f"learning  {working['batch']}: {working.get('phase')}{steps}")
+    if found["trouble"]:
+        click.echo(f"trouble   {found['trouble']}")
+    for state, content in found["batches"].items():
+        names = ", ".join(content) if isinstance(content, list) else str(content)
+        if names and names != "0":
+            click.echo(f"{state:<9} {names}")
+    for sentence in found["inbox"]:
+        click.echo(f"inbox     {sentence}")
+
+
+def _say_versions(rows: list[dict[str, Any]]) -> None:
+    def marks(row: dict[str, Any]) -> str:
+        words = [word for word in ("live", "pinned") if row[word]]
+        return ", ".join(words if row["full"] else [*words, "pruned"])
+
+    table(
+        ["version", "kind", "parent", "batch", "own exam before", "after", "created", ""],
+        [
+            [
+                str(row["version"]),
+                row["kind"],
+                "–" if row["parent"] is None else str(row["parent"]),
+                row["batch"] or "–",
+                percent(row["exam_before"]),
+                percent(row["exam_after"]),
+                row["created_at"],
+                marks(row),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _say_manifest(manifest: Manifest) -> None:
+    parent = "" if manifest.parent is None else f", made from version {manifest.parent}"
+    created = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"
+    click.echo(f"version {manifest.version}: {manifest.kind}{parent}, {created}")
+    click.echo(f"{manifest.architecture}, embeddings of {manifest.embed_dim}, {_megabytes(manifest)}")
+    if manifest.batch:
+        counts = manifest.batch.images
+        click.echo(f"batch {manifest.batch.id}: {', '.join(manifest.batch.classes)}")
+        click.echo(f"images: {counts.train} learnt from, {counts.tune} tuned on, {counts.exam} in the exam")
+    if exams := exam_rows(manifest):
+        table(["exam", "images", "before", "after", "lost"], [_exam_cells(exam) for exam in exams])
+    if manifest.ranks:
+        ranks = sorted(manifest.ranks.values())
+        mean = sum(ranks) / len(ranks)
+        click.echo(f"kept ranks: {len(ranks)} matrices, {ranks[0]} to {ranks[-1]}, {mean:.1f} on average")
+    for rule in manifest.decision.rules if manifest.decision else ():
+        click.echo(f"{'passed' if rule.passed else 'failed'}  {rule.rule}: {rule.detail}")
+
+
+def _exam_cells(exam: Mapping[str, Any]) -> list[str]:
+    accuracies = [percent(exam.get(key)) for key in ("accuracy_before", "accuracy_after")]
+    return [str(exam["batch"]), str(exam["images"]), *accuracies, str(exam.get("negative_flips"))]
+
+
+def _megabytes(manifest: Manifest) -> str:
+    return f"{sum(record.bytes for record in manifest.files.values()) / 1e6:,.1f} MB"

@@ -1,0 +1,117 @@
+"""Commands that steer or ask the live version: rollback, unpin, classify."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daemon.errors import RequestError
+from daemon.output import Options, common_options, pass_options
+
+FAILED = 1
+
+
+@click.command()
+@click.option(
+    "--to", type=click.IntRange(min=0), help="The version to go back to. [default: the live one's parent]"
+)
+@click.option("--why", default="", help="A reason, kept in pin.json and told by `dynlora status`.")
+@common_options
+@pass_options
+def rollback(options: Options, *, to: int | None, why: str) -> None:
+    """Make an earlier version live and pin it; batches queue until `dynlora unpin`."""
+    from daemon.operations import rollback_target
+    from daemon.requests import Request
+
+    store = options.store()
+    # Resolved here: a request names its effect, and doing it twice must not go back twice.
+    target = rollback_target(store) if to is None else to
+    result = _carry_out(options, Request(command="rollback", to=target, why=why))
+    sentence = (
+        f"version {result['live']} is live and pinned; `dynlora unpin` lets new versions be published again"
+    )
+    options.show(result, lambda: click.echo(sentence))
+
+
+@click.command()
+@common_options
+@pass_options
+def unpin(options: Options) -> None:
+    """Release the pin; batches go on from the version that is live."""
+    from daemon.requests import Request
+
+    result = _carry_out(options, Request(command="unpin"))
+    sentence = f"released; version {result['live']} is live and the next one is built on it"
+    options.show(result, lambda: click.echo(sentence))
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--labels", help="Names to choose from, separated by commas. [default: the known classes]")
+@click.option(
+    "--top", default=5, show_default=True, type=click.IntRange(min=1), help="How many labels to show."
+)
+@common_options
+@pass_options
+def classify(options: Options, images: tuple[Path, ...], *, labels: str | None, top: int) -> None:
+    """Ask the live version what is on some images."""
+    from daemon.progress import showing
+    from deploy.runtime import LoadedVersion
+
+    store = options.store()
+    names = [name.strip() for name in labels.split(",") if name.strip()] if labels is not None else None
+    with showing("warning") as view:
+        view.update("load")
+        with LoadedVersion(store.path(store.current())) as version:
+            number, answers = version.version, [_ask(version, path, names, top=top) for path in images]
+    options.show({"version": number, "images": answers}, lambda: _say_answers(answers))
+    if any("error" in answer for answer in answers):
+        sys.exit(FAILED)
+
+
+def _carry_out(options: Options, request: Any) -> dict[str, Any]:
+    """Through the running daemon, or here.
+
+    Raises:
+        RequestError: it could not be done; the message is the daemon's.
+    """
+    from daemon import logs
+    from daemon.events import EventLog
+    from daemon.operations import apply
+    from daemon.requests import run_or_request
+
+    home, store = options.existing_home(), options.store()
+
+    def tell(event: str, **fields: Any) -> None:
+        logs.log(event, **fields)
+        EventLog(home).append(event, **fields)
+
+    answer = run_or_request(home, request, lambda r: apply(r, store, tell))
+    if answer.exit_code:
+        raise RequestError(answer.error or "it could not be done")
+    return answer.result
+
+
+def _ask(version: Any, path: Path, names: list[str] | None, *, top: int) -> dict[str, Any]:
+    """One image's answer, or why there is none: a bad file must not cost the others theirs."""
+    from deploy.errors import ImageError
+
+    try:
+        [predictions] = version.classify([path], names, top=top)
+    except (ImageError, OSError) as error:
+        reason = error.reason if isinstance(error, ImageError) else error.strerror or str(error)
+        return {"file": str(path), "error": reason}
+    return {
+        "file": str(path),
+        "predictions": [{"label": p.label, "score": round(p.score, 6)} for p in predictions],
+    }
+
+
+def _say_answers(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        if "error" in answer:
+            click.echo(f"{answer['file']}: {answer['error']}", err=True)
+            continue
+        best = ", ".join(f"{p['label']} {p['score']:.1%}" for p in answer["predictions"])
+        click.echo(f"{answer['file']}: {best}")

@@ -1,0 +1,93 @@
+"""`dynlora submit --wait`: follow one drop by its producer's id until something final has become of it."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from daemon.batch import Batch
+from daemon.errors import BatchError, RequestError
+from daemon.layout import SUBMITTED_FILE
+from daemon.lock import holder
+from daemon.progress import View
+from daemon.report import DECISION_NAME, RESULT_DIR
+from daemon.source import Submitted
+from daemon.spool import STATES, Spool, State
+from daemon.status import read_status
+from deploy.manifest import Decision
+from deploy.store import VersionStore
+
+POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 5.0  # a daemon that is being restarted comes back within this time
+
+
+def wait_for(home: Path, producer_id: str, view: View) -> dict[str, Any]:
+    """Wait until the drop is published, a duplicate, held or failed; returns that as an event's fields.
+
+    Raises:
+        RequestError: no daemon is running to learn it; the drop stays where it is.
+    """
+    spool = Spool(home)
+    seen_at = time.monotonic()
+    found: tuple[State, str] | None = None
+    while True:
+        if found is None:
+            found = find(spool, producer_id)
+        elif (state := spool.find(found[1])) is not None:  # None only while it is being renamed
+            found = state, found[1]
+        if found is not None and (outcome := _outcome(home, spool, *found)) is not None:
+            return outcome
+        now = time.monotonic()
+        seen_at = now if holder(home) is not None else seen_at
+        if now - seen_at > PATIENCE_SECONDS:
+            where = f"waits in {spool.state_dir(found[0])}" if found else "is in the inbox"
+            raise RequestError(f"the drop {where}, but no daemon is running; start one with `dynlora run`")
+        _show(view, found[1] if found else None, read_status(home))
+        time.sleep(POLL_SECONDS)
+
+
+def find(spool: Spool, producer_id: str) -> tuple[State, str] | None:
+    """The state and id of the batch that a drop became; None while it is in the inbox."""
+    for state in STATES:
+        for batch_id in spool.ids(state):
+            directory = spool.state_dir(state) / batch_id
+            try:
+                if spool.load(batch_id).producer_id == producer_id:
+                    return state, batch_id
+            except BatchError:  # no record yet, or refused before it had one
+                if any(_is_from(path, producer_id) for path in directory.glob(f"source/*/{SUBMITTED_FILE}")):
+                    return state, batch_id
+    return None
+
+
+def _is_from(path: Path, producer_id: str) -> bool:
+    try:
+        return Submitted.model_validate_json(path.read_bytes()).id == producer_id
+    except (OSError, ValidationError):
+        return False
+
+
+def _outcome(home: Path, spool: Spool, state: State, batch_id: str) -> dict[str, Any] | None:
+    if state == "failed":
+        return {"event": "failed", "batch": batch_id, "why": spool.reason(batch_id).reason}
+    if state == "held":
+        path = spool.state_dir("held") / batch_id / RESULT_DIR / DECISION_NAME
+        decision = Decision.model_validate_json(path.read_bytes())
+        why = "; ".join(rule.detail for rule in decision.rules if not rule.passed)
+        return {"event": "held", "batch": batch_id, "why": why}
+    if state != "done":
+        return None
+    batch: Batch = spool.load(batch_id)
+    if batch.duplicate_of is not None:
+        return {"event": "duplicate", "batch": batch_id, "duplicate_of": batch.duplicate_of}
+    published = VersionStore(home / "serving").published_batches()[batch_id]
+    return {"event": "published", "batch": batch_id, "version": published.version}
+
+
+def _show(view: View, batch_id: str | None, status: dict[str, Any]) -> None:
+    working = status.get("working") or {}
+    if batch_id is not None and working.get("batch") == batch_id:
+        view.update(working.pop("phase", "start"), **working)
+    else:
+        view.update("waiting", batch=batch_id)
