@@ -23,20 +23,18 @@ from pathlib import Path
 from deploy import atomic
 from deploy.errors import StoreError, VerifyError
 from deploy.manifest import (
-    DELTA_NAME,
     GRAPH_NAMES,
     MANIFEST_NAME,
     OPEN_CLIP_CONFIG_NAME,
     PREPROCESSOR_NAME,
-    REQUIRED_NAMES,
     TOKENIZER_NAME,
-    LineageEntry,
     Manifest,
     load_manifest,
     save_manifest,
 )
 from deploy.prune import prune_version
 from deploy.store_reader import CURRENT_NAME, PIN_NAME, VERSIONS_NAME, Pin, StoreReader
+from deploy.succession import check_succession
 from deploy.verify import check_files, check_graphs, graph_hashes
 
 NEXT_NAME = ".next"
@@ -88,7 +86,10 @@ class VersionStore(StoreReader):
         if self._is_live_already(manifest):
             atomic.remove_tree(staging)
             return self.current()
-        self._check_succession(staging, manifest)
+        live = self.live_manifest() if self.versions() else None
+        check_succession(manifest, live=live, next_version=self.next_version(), pin=self.pin())
+        if live is not None and manifest.kind != "regraph":
+            check_graphs(staging, manifest.files, graph_hashes(live.files))
         try:
             self._seal(staging, manifest)
             self._make_live(staging, manifest.version)
@@ -183,43 +184,6 @@ class VersionStore(StoreReader):
         live = self.live_manifest()
         same = (live.kind, live.parent) == (manifest.kind, manifest.parent)
         return same and live.batch is not None and live.batch.id == manifest.batch.id
-
-    def _check_succession(self, staging: Path, manifest: Manifest) -> None:
-        """Check that this is the version that may come next."""
-        missing = [name for name in REQUIRED_NAMES if name not in manifest.files]
-        if missing:
-            raise VerifyError(f"the manifest of version {manifest.version} does not list {missing}")
-        pin = self.pin()
-        if pin is not None:
-            raise StoreError(
-                f"version {pin.version} is pinned by {pin.who} ({pin.why}): nothing is published until "
-                "`dynlora unpin`"
-            )
-        if manifest.version != self.next_version():
-            raise StoreError(
-                f"the next version is {self.next_version()}, the manifest says {manifest.version}"
-            )
-        live = self.live_manifest() if self.versions() else None
-        if manifest.parent != (live.version if live else None):
-            raise StoreError(
-                f"the new version was built on version {manifest.parent}, but version "
-                f"{live.version if live else None} is live: build it again on the live one"
-            )
-        if live is not None and manifest.kind != "regraph":
-            check_graphs(staging, manifest.files, graph_hashes(live.files))
-        if live is not None and manifest.batch is not None and manifest.kind in ("update", "promote"):
-            delta = manifest.files.get(DELTA_NAME)
-            if delta is None:
-                raise StoreError(
-                    f"a version of kind {manifest.kind!r} holds its {DELTA_NAME}; it is not listed"
-                )
-            expected = (*live.lineage, LineageEntry(batch=manifest.batch.id, delta_sha256=delta.sha256))
-            if manifest.lineage != expected:
-                raise StoreError(
-                    f"the lineage must be version {live.version}'s and then batch {manifest.batch.id} "
-                    f"with its delta; expected {[entry.batch for entry in expected]}, "
-                    f"found {[entry.batch for entry in manifest.lineage]}"
-                )
 
     def _seal(self, staging: Path, manifest: Manifest) -> None:
         """Flush the files, read them again, make them read-only, and add the manifest last."""

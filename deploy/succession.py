@@ -1,0 +1,51 @@
+"""May this version come next? A pure decision over manifests; touches no disk."""
+
+from deploy.errors import StoreError, VerifyError
+from deploy.manifest import DELTA_NAME, REQUIRED_NAMES, LineageEntry, Manifest
+from deploy.store_reader import Pin
+
+
+def check_succession(
+    manifest: Manifest, *, live: Manifest | None, next_version: int, pin: Pin | None
+) -> None:
+    """Check number, parent and lineage of a version that is about to be published.
+
+    Args:
+        live: the live version's manifest; None in an empty store.
+
+    Raises:
+        StoreError: a pin, a wrong number, another parent than the live version, a wrong lineage.
+        VerifyError: the manifest does not list a file that every version holds.
+    """
+    missing = [name for name in REQUIRED_NAMES if name not in manifest.files]
+    if missing:
+        raise VerifyError(f"the manifest of version {manifest.version} does not list {missing}")
+    if pin is not None:
+        raise StoreError(
+            f"version {pin.version} is pinned by {pin.who} ({pin.why}): "
+            "nothing is published until `dynlora unpin`"
+        )
+    if manifest.version != next_version:
+        raise StoreError(f"the next version is {next_version}, the manifest says {manifest.version}")
+    parent = live.version if live is not None else None
+    if manifest.parent != parent:
+        raise StoreError(
+            f"the new version was built on version {manifest.parent}, but version {parent} is live: "
+            "build it again on the live one"
+        )
+    if live is not None and manifest.kind in ("update", "promote"):
+        _check_lineage(manifest, live)
+
+
+def _check_lineage(manifest: Manifest, live: Manifest) -> None:
+    """An update's lineage is the live version's and its own delta."""
+    delta, batch = manifest.files.get(DELTA_NAME), manifest.batch
+    if delta is None or batch is None:
+        raise StoreError(f"a version of kind {manifest.kind!r} holds its {DELTA_NAME}; it is not listed")
+    expected = (*live.lineage, LineageEntry(batch=batch.id, delta_sha256=delta.sha256))
+    if manifest.lineage != expected:
+        raise StoreError(
+            f"the lineage must be version {live.version}'s and then batch {batch.id} with its delta; "
+            f"expected {[entry.batch for entry in expected]}, "
+            f"found {[entry.batch for entry in manifest.lineage]}"
+        )
