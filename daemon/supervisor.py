@@ -126,11 +126,16 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with output unbuffered so that progress arrives when it happens, and this checkout importable."""
+    """Ours, with output unbuffered so that progress arrives when it happens, and this checkout importable.
+
+    Torch's threads sleep while they wait for each other. Left to spin, they take the CPU from whoever serves
+    beside them, and once the machine is busy a step takes ten times as long (docs/log.md).
+    """
     root = str(Path(__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH")
     return os.environ | {
         "PYTHONUNBUFFERED": "1",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
     }
 

@@ -1,7 +1,7 @@
 """How to learn: one settings object, two presets."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
 
 from dynlora.errors import DynloraError
 from dynlora.rank import Operator
@@ -40,11 +40,43 @@ class Settings:
             raise SettingsError(f"dense_fraction is {self.dense_fraction}; expected a share between 0 and 1")
 
     def as_dict(self) -> dict[str, Any]:
-        """For plans and manifests."""
+        """For plans and manifests; `from_dict` takes it back."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The settings that `as_dict` wrote, also when they went through JSON.
+
+        Raises:
+            SettingsError: a key is unknown or a value cannot work.
+        """
+        try:
+            return cls(**(values | {"betas": tuple(values["betas"])}))
+        except (KeyError, TypeError) as error:
+            raise SettingsError(f"these are not settings of this release: {error}") from error
+
+    def with_overrides(self, **overrides: Any) -> Self:
+        """The same settings but for those given that are not None."""
+        return replace(self, **{key: value for key, value in overrides.items() if value is not None})
 
     def steps_for(self, images: int) -> int:
         """The number of steps for a task of `images` training images."""
         if self.steps is not None:
             return self.steps
         return max(100, min(500, 2 * images))
+
+
+PAPER = Settings()
+DEFAULT = Settings()
+
+
+def preset(name: str) -> Settings:
+    """The settings of a preset: `paper` is the published recipe, `default` what the daemon learns with.
+
+    Raises:
+        SettingsError: there is no such preset.
+    """
+    presets = {"paper": PAPER, "default": DEFAULT}
+    if name not in presets:
+        raise SettingsError(f"there is no preset {name!r}; expected one of {', '.join(presets)}")
+    return presets[name]

@@ -1,0 +1,269 @@
+"""One batch becomes a staged version and a report. Runs in the worker only.
+
+    score the live version → adapt → prune → delta → fold → stage → exam → verify
+
+Everything written is either inside the batch's own directory or in the store's staging directory, so a
+crash at any point loses nothing but time. The decision to publish is not made here.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from daemon.batch import Batch, BatchImage, read_batch
+from daemon.config import Config
+from daemon.examine import Examiner
+from daemon.founding import software_versions
+from daemon.plan import Plan, seed_of, settle_plan
+from daemon.report import DELTA_NAME, REPORT_NAME, ExamResult, Report
+from daemon.spool import Spool
+from daemon.staging import Candidate, stage_candidate
+from daemon.worker import Outlet, StopFlag
+from deploy import atomic
+from deploy.delta import Delta, Factor, save_delta
+from deploy.manifest import (
+    OPEN_CLIP_CONFIG_NAME,
+    PREPROCESSOR_NAME,
+    WEIGHTS_NAME,
+    ClassEntry,
+    Manifest,
+    load_classes,
+    save_manifest,
+)
+from deploy.preprocess import Preprocessing, decode_image
+from deploy.store import VersionStore
+from deploy.verify import graph_hashes, verify_staged
+from dynlora import settings as presets
+from dynlora.clip import load_version
+from dynlora.learner import Adaptation, Hooks, Progress, adapt
+from dynlora.task import Name, Task
+
+RESULT_DIR = "result"
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage; the same name adds up."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0) + time.monotonic() - started, 3)
+
+
+def adapt_batch(
+    home: Path, batch_id: str, parent: int, config: Config, *, outlet: Outlet, stop: StopFlag
+) -> None:
+    """Learn the batch in spool/work on top of version `parent`; leave the report and the staged version.
+
+    Raises:
+        Interrupted: SIGTERM came; the checkpoint resumes.
+        BatchError, DeployError, DynloraError: the batch or the parent version cannot be used.
+    """
+    watch = Stopwatch()
+    work_dir = Spool(home).state_dir("work") / batch_id
+    batch = read_batch(work_dir)
+    store = VersionStore(home / "serving")
+    parent_dir, parent_manifest = store.path(parent), store.manifest(parent)
+    plan, checkpoint = settle_plan(work_dir, _plan(batch, parent_manifest, config))
+    torch.set_num_threads(plan.threads)
+    preprocessing = Preprocessing.load(parent_dir / PREPROCESSOR_NAME)
+    with watch.stage("load"):
+        clip = load_version(
+            parent_dir / OPEN_CLIP_CONFIG_NAME, parent_dir / WEIGHTS_NAME, parent_manifest.architecture
+        )
+        classes = union_of_classes(load_classes(parent_dir).classes, batch)
+    with watch.stage("score"):
+        outlet.phase("score")
+        examiner = Examiner(home, batch, work_dir, classes, threads=plan.threads)
+        before = examiner.grade(parent_dir)
+    with watch.stage("decode"):
+        task = load_task(batch, work_dir, preprocessing, classes)
+    with watch.stage("train"):
+        outlet.phase("train")
+        hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
+        adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
+    outlet.phase("fold")
+    with watch.stage("fold"):
+        result_dir = work_dir / RESULT_DIR
+        atomic.make_dir(result_dir)
+        delta = to_delta(adaptation)
+        record = save_delta(result_dir / DELTA_NAME, delta)
+        candidate = Candidate(
+            store=store,
+            parent=parent_manifest,
+            batch=batch,
+            delta=delta,
+            delta_record=record,
+            classes=classes,
+        )
+        staging, drift = stage_candidate(candidate, result_dir / DELTA_NAME)
+    with watch.stage("verify"):
+        outlet.phase("verify")
+        checked = verify_staged(
+            staging, embed_dim=parent_manifest.embed_dim, parent_graphs=graph_hashes(parent_manifest.files)
+        )
+    draft = candidate.manifest_draft(checked.files)
+    with watch.stage("exam"):
+        outlet.phase("exam")
+        # Provisional, so that the candidate can be loaded as clients will; publishing writes the final one.
+        save_manifest(staging, Manifest.model_validate(draft | {"version": store.next_version()}))
+        after = examiner.grade(staging)
+    exams = examiner.compare(before, after)
+    draft |= {
+        "method": _method(plan, adaptation),
+        "ranks": adaptation.ranks,
+        "delta_norm": delta.norm,
+        "drift_norm": drift,
+        "metrics": _metrics(exams, before.cosines_with(after)) | {"parity": checked.parity},
+    }
+    report = Report(
+        batch=batch.id,
+        parent=parent,
+        manifest=draft,
+        exams=tuple(exams),
+        seconds=watch.seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    atomic.write_text(result_dir / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+
+
+def union_of_classes(known: tuple[ClassEntry, ...], batch: Batch) -> tuple[ClassEntry, ...]:
+    """Every known name in its order, then the batch's new ones. A known class keeps its first spelling."""
+    keys = {entry.key for entry in known}
+    new = [c for c in batch.classes if c.key not in keys]
+    return (
+        *known,
+        *(ClassEntry(name=c.name, key=c.key, template=c.template, batch=batch.id) for c in new),
+    )
+
+
+def load_task(
+    batch: Batch, work_dir: Path, preprocessing: Preprocessing, classes: tuple[ClassEntry, ...]
+) -> Task:
+    """The batch's training and tuning images in memory, each decoded once. Exam images are not opened."""
+    entries = {entry.key: entry for entry in classes}
+    keys = [c.key for c in batch.classes]
+    own = set(keys)
+
+    def load(images: list[BatchImage]) -> tuple[Tensor, Tensor]:
+        if not images:
+            return torch.empty(0), torch.empty(0, dtype=torch.int64)
+        pixels = [preprocessing([decode_image(work_dir / image.file)]) for image in images]
+        labels = [keys.index(image.class_key) for image in images]
+        return torch.from_numpy(np.concatenate(pixels)), torch.tensor(labels)
+
+    pixels, labels = load(batch.split("train"))
+    tune_pixels, tune_labels = load(batch.split("tune"))
+    return Task(
+        classes=[Name(entries[key].name, entries[key].template) for key in keys],
+        pixels=pixels,
+        labels=labels,
+        tune_pixels=tune_pixels,
+        tune_labels=tune_labels,
+        known=[Name(entry.name, entry.template) for entry in classes if entry.key not in own],
+    )
+
+
+def to_delta(adaptation: Adaptation) -> Delta:
+    """What was learnt, in the form that is folded and stored."""
+    return Delta(
+        Factor(f.key, f.row_start, f.row_stop, f.lora_B.numpy(), f.lora_A.numpy(), f.importance.numpy())
+        for f in adaptation.factors
+    )
+
+
+def _plan(batch: Batch, parent: Manifest, config: Config) -> Plan:
+    weights_sha256 = parent.files[WEIGHTS_NAME].sha256
+    learning = config.learning
+    settings = presets.preset(learning.preset)
+    settings = settings.with_overrides(rank=learning.rank or None, steps=learning.steps or None)
+    return Plan(
+        batch=batch.id,
+        content_sha256=batch.content_sha256,
+        parent=parent.version,
+        parent_weights_sha256=weights_sha256,
+        seed=seed_of(batch.content_sha256, weights_sha256, learning.seed),
+        splits={image.sha256: image.split for image in batch.images},
+        threads=learning.threads or len(os.sched_getaffinity(0)),
+        preset=learning.preset,
+        settings=settings.as_dict(),
+        software=software_versions(),
+    )
+
+
+def _settings(plan: Plan) -> presets.Settings:
+    return presets.Settings.from_dict(plan.settings)
+
+
+def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds: float) -> Hooks:
+    """Progress out, stop requests in, a checkpoint every so often. No clock reaches what is learnt."""
+    started = last_saved = time.monotonic()
+    first_step: int | None = None
+
+    def on_progress(progress: Progress) -> None:
+        nonlocal first_step
+        first_step = progress.step - 1 if first_step is None else first_step
+        rate = (time.monotonic() - started) / (progress.step - first_step)
+        outlet.step(
+            step=progress.step,
+            steps=progress.steps,
+            loss=round(progress.loss, 4),
+            kept_rank=round(progress.kept_rank, 2),
+            eta_seconds=round(rate * (progress.steps - progress.step), 1),
+        )
+
+    def should_save() -> bool:
+        return time.monotonic() - last_saved >= checkpoint_seconds
+
+    def save(content: bytes) -> None:
+        nonlocal last_saved
+        atomic.write_file(checkpoint, content)
+        last_saved = time.monotonic()
+
+    resume_from = checkpoint.read_bytes() if checkpoint.exists() else None
+    return Hooks(on_progress, lambda: stop.is_set, should_save, save, resume_from)
+
+
+def _method(plan: Plan, adaptation: Adaptation) -> dict[str, object]:
+    return {
+        "preset": plan.preset,
+        "settings": plan.settings,
+        "seed": plan.seed,
+        "steps": adaptation.steps,
+        "final_loss": adaptation.loss,
+        "scale": adaptation.scale,
+        "threads": plan.threads,
+    }
+
+
+def _metrics(exams: list[ExamResult], cosines: dict[str, float | None]) -> dict[str, object]:
+    def row(exam: ExamResult) -> dict[str, object]:
+        return {
+            "batch": exam.batch,
+            "images": exam.images,
+            "accuracy_before": exam.correct_before / exam.images,
+            "accuracy_after": exam.correct_after / exam.images,
+            "negative_flips": exam.lost,
+        }
+
+    images = sum(exam.images for exam in exams)
+    return {
+        "exams": [row(exam) for exam in exams if exam.images],
+        "negative_flip_rate": sum(exam.lost for exam in exams) / images if images else None,
+        **cosines,
+    }

@@ -1,0 +1,121 @@
+"""Grade versions on exam images, through ONNX Runtime, as clients will ask them. No torch.
+
+Always over the union of all known names, the new ones included: that is what a deployed model faces.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daemon.batch import Batch
+from daemon.exams import load_exams
+from daemon.report import ExamResult
+from deploy.manifest import ClassEntry
+from deploy.preprocess import decode_image
+from deploy.runtime import LoadedVersion
+
+_CHUNK = 64  # images decoded at a time: bounds the memory whatever the number of exams
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One batch's exam: files and the rows of their right answers among the union of names."""
+
+    batch: str
+    files: tuple[Path, ...]
+    answers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grades:
+    """What one version answered: per exam the embeddings (images, dim) and answers (images,)."""
+
+    embeddings: dict[str, Float32]
+    answers: dict[str, Int64]
+    names: Float32  # (classes, dim)
+
+    def cosines_with(self, later: "Grades") -> dict[str, float | None]:
+        """Mean cosine between this version's embeddings and a later one's: 1 is no change at all."""
+        images = [(e * later.embeddings[batch]).sum(axis=1) for batch, e in self.embeddings.items()]
+        cosines = np.concatenate(images) if images else np.empty(0)
+        texts = (self.names * later.names).sum(axis=1)
+        return {
+            "mean_image_cosine": float(cosines.mean()) if len(cosines) else None,
+            "mean_text_cosine": float(texts.mean()),
+        }
+
+
+@dataclass
+class Examiner:
+    """All exams there are: the batch's own first, then those of the batches kept before it.
+
+    Args:
+        classes: the union of known names, in the order of the version to come.
+        threads: of ONNX Runtime.
+    """
+
+    home: Path
+    batch: Batch
+    work_dir: Path
+    classes: Sequence[ClassEntry]
+    threads: int
+
+    def __post_init__(self) -> None:
+        rows = {entry.key: row for row, entry in enumerate(self.classes)}
+        own = self.batch.split("exam")
+        self.sheets = [
+            Sheet(
+                self.batch.id,
+                tuple(self.work_dir / image.file for image in own),
+                tuple(rows[image.class_key] for image in own),
+            )
+        ]
+        for directory, exam in load_exams(self.home):
+            # A name that left with a roll-back cannot be answered; its images wait until it is back.
+            known = [image for image in exam.images if image.class_key in rows]
+            if exam.batch != self.batch.id and known:
+                files = tuple(directory / image.file for image in known)
+                self.sheets.append(Sheet(exam.batch, files, tuple(rows[i.class_key] for i in known)))
+
+    def grade(self, version_dir: Path) -> Grades:
+        """Ask one version everything. It need not be published, but be complete, manifest.json included.
+
+        Raises:
+            VerifyError: the version cannot be loaded.
+        """
+        with LoadedVersion(version_dir, threads=self.threads) as version:
+            names = version.embed_classes(
+                [entry.name for entry in self.classes], [entry.template for entry in self.classes]
+            )
+            embeddings = {sheet.batch: self._embed(version, sheet) for sheet in self.sheets}
+        answers = {batch: (e @ names.T).argmax(axis=1) for batch, e in embeddings.items()}
+        return Grades(embeddings, answers, names)
+
+    def compare(self, before: Grades, after: Grades) -> list[ExamResult]:
+        """Right, gained and lost per exam, the batch's own first."""
+        return [self._result(sheet, before, after) for sheet in self.sheets]
+
+    def _result(self, sheet: Sheet, before: Grades, after: Grades) -> ExamResult:
+        truth = np.array(sheet.answers)
+        was, now = before.answers[sheet.batch] == truth, after.answers[sheet.batch] == truth
+        return ExamResult(
+            batch=sheet.batch,
+            images=len(truth),
+            correct_before=int(was.sum()),
+            correct_after=int(now.sum()),
+            gained=int((~was & now).sum()),
+            lost=int((was & ~now).sum()),
+        )
+
+    def _embed(self, version: LoadedVersion, sheet: Sheet) -> Float32:
+        rows = np.zeros((len(sheet.files), version.manifest.embed_dim), np.float32)
+        for start in range(0, len(sheet.files), _CHUNK):
+            images = [decode_image(path) for path in sheet.files[start : start + _CHUNK]]
+            rows[start : start + _CHUNK] = version.encode_pixels(version.preprocessing(images))
+        return rows

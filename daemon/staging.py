@@ -1,0 +1,92 @@
+"""A learnt delta becomes a staged version: fold, write, and everything that lies beside the weights.
+
+Runs in the worker only: torch computes the reference outputs that clients check themselves against.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from daemon.batch import Batch
+from daemon.founding import software_versions, write_class_list, write_reference
+from deploy.delta import Delta, fold
+from deploy.manifest import (
+    DELTA_NAME,
+    OPEN_CLIP_CONFIG_NAME,
+    WEIGHTS_NAME,
+    ClassEntry,
+    FileRecord,
+    Manifest,
+)
+from deploy.store import VersionStore
+from deploy.weights import Array, read_weights, write_weights
+from dynlora.clip import load_version
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a new version is made from."""
+
+    store: VersionStore
+    parent: Manifest
+    batch: Batch
+    delta: Delta
+    delta_record: FileRecord
+    classes: tuple[ClassEntry, ...]
+
+    def manifest_draft(self, files: Mapping[str, FileRecord]) -> dict[str, Any]:
+        """What is known of the manifest before the decision: all but version, time, operator and figures."""
+        batch, parent = self.batch, self.parent
+        lineage = [entry.model_dump() for entry in parent.lineage]
+        return {
+            "parent": parent.version,
+            "kind": "update",
+            "batch": {
+                "id": batch.id,
+                "classes": [c.name for c in batch.classes],
+                "images": {split: batch.count(split) for split in ("train", "tune", "exam")},
+                "content_sha256": batch.content_sha256,
+                "producer_id": batch.producer_id,
+            },
+            "lineage": [*lineage, {"batch": batch.id, "delta_sha256": self.delta_record.sha256}],
+            "architecture": parent.architecture,
+            "embed_dim": parent.embed_dim,
+            "context_length": parent.context_length,
+            "logit_scale": parent.logit_scale,
+            "logit_bias": parent.logit_bias,
+            "files": {name: record.model_dump() for name, record in files.items()},
+            "software": software_versions(),
+        }
+
+
+def stage_candidate(candidate: Candidate, delta_path: Path) -> tuple[Path, float]:
+    """Fill a staging directory, manifest.json apart.
+
+    Returns:
+        The directory, and ‖θ − θ₀‖_F: how far the weights are from version 0 now.
+    """
+    store, parent_dir = candidate.store, candidate.store.path(candidate.parent.version)
+    staging = store.stage(candidate.batch.id, like=candidate.parent.version)
+    shutil.copyfile(delta_path, staging / DELTA_NAME)
+    folded = fold(read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
+    write_weights(staging / WEIGHTS_NAME, folded)
+    drift = distance(folded, read_weights(store.path(0) / WEIGHTS_NAME))
+    # From the file, not from memory: what torch says here is what every client must find.
+    clip = load_version(
+        staging / OPEN_CLIP_CONFIG_NAME, staging / WEIGHTS_NAME, candidate.parent.architecture
+    )
+    write_class_list(staging, clip, candidate.classes)
+    write_reference(staging, clip)
+    return staging, drift
+
+
+def distance(one: dict[str, Array], other: dict[str, Array]) -> float:
+    """Frobenius norm of the difference over all tensors, summed in float64."""
+    return math.sqrt(
+        sum(float(np.square(one[key].astype(np.float64) - other[key]).sum()) for key in sorted(one))
+    )

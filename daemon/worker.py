@@ -1,0 +1,161 @@
+"""The worker: a child process that learns one batch, or founds a version store, and then ends.
+
+The only way into torch from the daemon. It can be killed or run out of memory without touching the daemon,
+and it dies with its parent. What it says goes to stdout as JSON lines (`daemon.supervisor` reads them); what
+it leaves is in the batch's directory and in the store's staging directory.
+
+    python -m daemon.worker init  --home HOME --model bundled|ARCH [--pretrained TAG|FILE] [--classes FILE]
+    python -m daemon.worker adapt --home HOME [--config FILE] --batch ID --parent N
+"""
+
+import argparse
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from daemon.supervisor import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+
+LOCK_NAME = "worker.lock"
+_PR_SET_PDEATHSIG = 1
+_LOCK_WAIT_SECONDS = 60
+
+
+class Outlet:
+    """Says things to the daemon: one JSON object per line on stdout."""
+
+    def __init__(self) -> None:
+        # A library that prints must not end up between our lines: its stdout becomes stderr.
+        self._stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self._last_step = 0.0
+
+    def say(self, event: str, **fields: Any) -> None:
+        """Send one message."""
+        self._stream.write(json.dumps({"event": event, **fields}) + "\n")
+        self._stream.flush()
+
+    def phase(self, name: str) -> None:
+        """Say what is being done now."""
+        self.say("phase", phase=name)
+
+    def step(self, **fields: Any) -> None:
+        """Report a training step, at most ten a second and always the last."""
+        now = time.monotonic()
+        if now - self._last_step >= 0.1 or fields["step"] == fields["steps"]:
+            self._last_step = now
+            self.say("step", **fields)
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; looked at between steps."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, *_: object) -> None:
+        self.is_set = True
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with the protocol's code."""
+    options = _parser().parse_args(arguments)
+    _die_with_parent(options.parent_pid)
+    outlet, stop = Outlet(), StopFlag()
+    try:
+        with _alone(options.home):
+            code = _run(options, outlet, stop)
+    except KeyboardInterrupt:
+        code = EXIT_STOPPED
+    except MemoryError:
+        outlet.say("error", message="the worker ran out of memory; make the batch smaller", retry=True)
+        code = EXIT_FAILED
+    except OSError as error:
+        outlet.say(
+            "error", message=f"{error.strerror or error}: {error.filename or 'no file named'}", retry=True
+        )
+        code = EXIT_FAILED
+    sys.exit(code)
+
+
+def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
+    """Import what is heavy only now: the lock is ours and the parent knows that we are alive."""
+    outlet.phase("load")
+    from daemon.errors import DaemonError
+    from deploy.errors import DeployError
+    from dynlora.errors import DynloraError, Interrupted
+
+    try:
+        if options.command == "init":
+            from daemon.founding import found_store
+
+            found_store(options.home, options.model, options.pretrained, options.classes, outlet=outlet)
+        else:
+            from daemon.adaptation import adapt_batch
+            from daemon.config import load_config
+
+            config = load_config(options.config)
+            adapt_batch(options.home, options.batch, options.parent, config, outlet=outlet, stop=stop)
+    except Interrupted:
+        return EXIT_STOPPED
+    except (DaemonError, DeployError, DynloraError) as error:
+        outlet.say("error", message=str(error), retry=False)
+        return EXIT_FAILED
+    outlet.say("result")
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m daemon.worker", description=__doc__)
+    parser.add_argument("--parent-pid", type=int, default=os.getppid(), help="exit when this process ends")
+    commands = parser.add_subparsers(dest="command", required=True)
+    init = commands.add_parser("init")
+    init.add_argument("--home", type=Path, required=True)
+    init.add_argument("--model", default="bundled")
+    init.add_argument("--pretrained")
+    init.add_argument("--classes", type=Path)
+    adapt = commands.add_parser("adapt")
+    adapt.add_argument("--home", type=Path, required=True)
+    adapt.add_argument("--config", type=lambda text: Path(text) if text else None)
+    adapt.add_argument("--batch", required=True)
+    adapt.add_argument("--parent", type=int, required=True)
+    return parser
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel for SIGKILL when the daemon ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it ended before we asked
+        sys.exit(EXIT_STOPPED)
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Hold the worker lock: a successor waits until its predecessor is really gone."""
+    with (home / LOCK_NAME).open("ab") as lock:
+        deadline = time.monotonic() + _LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(
+                        f"another worker has held {lock.name} for {_LOCK_WAIT_SECONDS} s; is one stuck?"
+                    ) from None
+                time.sleep(0.05)
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Other views of a task's own images, and stand-ins for the rest of the visual world made out of them.
+
+Pure functions of tensors and a generator. Pixels are (N, 3, H, W) float32, normalised; values stay within what
+a real image can have. Nothing here needs, or keeps, an image of another task.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NOISE_GRIDS = ((2, 1.0), (4, 0.7), (8, 0.5), (16, 0.35), (32, 0.25))  # cells a side, weight: coarse to fine
+_TILES = 4  # a side, of the jigsaw
+
+
+def views(pixels: Tensor, generator: torch.Generator, *, min_area: float, jitter: float) -> Tensor:
+    """One random crop (area share in [min_area, 1], aspect within ±20 %), flip, contrast and brightness each."""
+    n = len(pixels)
+    area = _uniform(n, generator, min_area, 1.0)
+    aspect = torch.exp(_uniform(n, generator, -0.2, 0.2))
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0] = width * torch.where(_uniform(n, generator, 0, 1) < 0.5, -1.0, 1.0)
+    theta[:, 0, 2] = _uniform(n, generator, -1, 1) * (1 - width)
+    theta[:, 1, 1] = height
+    theta[:, 1, 2] = _uniform(n, generator, -1, 1) * (1 - height)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    cropped = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    if jitter == 0:
+        return cropped
+    contrast = _uniform(n, generator, 1 - 2 * jitter, 1 + 2 * jitter).view(n, 1, 1, 1)
+    # A brightness step of `jitter` of the full range, which is about 3.7 standard deviations wide.
+    brightness = _uniform(n, generator, -3.7 * jitter, 3.7 * jitter).view(n, 1, 1, 1)
+    mean = cropped.mean((1, 2, 3), keepdim=True)
+    return _within(pixels, (cropped - mean) * contrast + mean + brightness)
+
+
+def stand_ins(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` images unlike any class: blends, jigsaws, noise, close-ups and negatives of the given ones.
+
+    They probe the model where the task's images do not, so that keeping its answers there keeps what it knew.
+    """
+    first, second = (pixels[torch.randint(len(pixels), (count,), generator=generator)] for _ in range(2))
+    channels = torch.stack([torch.randperm(3, generator=generator) for _ in range(count)])
+    first = first.gather(1, channels.view(count, 3, 1, 1).expand_as(first))
+    kinds = (
+        _blend(first, second, generator),
+        _jigsaw(first, generator),
+        _noise(first, generator),
+        _close_up(first),
+        _patched_negative(first, second, generator),
+    )
+    kind = torch.randint(len(kinds), (count,), generator=generator).view(count, 1, 1, 1)
+    out = torch.zeros_like(first)
+    for number, images in enumerate(kinds):
+        out = torch.where(kind == number, images, out)
+    return _within(pixels, out)
+
+
+def _blend(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+    share = torch.rand(len(first), 1, 1, 1, generator=generator)
+    return share * first + (1 - share) * second.flip(-1)
+
+
+def _jigsaw(images: Tensor, generator: torch.Generator) -> Tensor:
+    n, c, h, w = images.shape
+    th, tw = h // _TILES, w // _TILES
+    tiles = images[:, :, : th * _TILES, : tw * _TILES].reshape(n, c, _TILES, th, _TILES, tw)
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(n, _TILES**2, c, th, tw)
+    order = torch.rand(n, _TILES**2, generator=generator).argsort(1)
+    tiles = tiles.gather(1, order.view(n, -1, 1, 1, 1).expand_as(tiles))
+    whole = tiles.view(n, _TILES, _TILES, c, th, tw).permute(0, 3, 1, 4, 2, 5)
+    return F.interpolate(whole.reshape(n, c, th * _TILES, tw * _TILES), (h, w))
+
+
+def _noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    n, _, h, w = images.shape
+    layers = (
+        weight * F.interpolate(torch.randn(n, 3, side, side, generator=generator), (h, w), mode="bilinear")
+        for side, weight in _NOISE_GRIDS
+    )
+    return sum(layers, torch.zeros(n, 3, h, w)) * 0.9
+
+
+def _close_up(images: Tensor) -> Tensor:
+    h, w = images.shape[-2:]
+    window = images[..., h // 4 : h // 4 + math.ceil(h / 3), w // 4 : w // 4 + math.ceil(w / 3)]
+    return F.interpolate(window, (h, w), mode="bilinear")
+
+
+def _patched_negative(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+    mask = (
+        F.interpolate(torch.randn(len(first), 1, 4, 4, generator=generator), first.shape[-2:], mode="bicubic")
+        > 0
+    )
+    negative = first.amin() + first.amax() - second
+    return torch.where(mask, first, negative)
+
+
+def _within(real: Tensor, images: Tensor) -> Tensor:
+    """Clamp each channel to the range that the task's real images span."""
+    low = real.amin((0, 2, 3)).view(1, 3, 1, 1)
+    high = real.amax((0, 2, 3)).view(1, 3, 1, 1)
+    return torch.minimum(torch.maximum(images, low), high)
+
+
+def _uniform(n: int, generator: torch.Generator, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(n, generator=generator)
