@@ -79,7 +79,7 @@ def test_the_graphs_are_the_same_bytes_in_every_version_and_from_another_process
         cwd=REPOSITORY,
         env={"PATH": "", "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=120,
+        timeout=280,
     )
     store = VersionStore(serving_dir)
     for name in GRAPH_NAMES:
