@@ -117,6 +117,11 @@ def _extract_tar(archive: Path, target: Path, meter: _Meter) -> None:
             if kind == "file":
                 _check_limits_and_space(archive, info.size, target, meter)
             _unpack(member, target, meter, partial(packed.extractfile, info))
+        # tarfile takes an archive that was cut between two members for a complete one.
+        assert packed.fileobj is not None
+        packed.fileobj.seek(packed.offset)
+        if len(packed.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("its end is missing")
 
 
 def _check_limits_and_space(archive: Path, coming: int, target: Path, meter: _Meter) -> None:

@@ -145,8 +145,6 @@ def _take(claim: Claim, number: int, name: str, spool: Spool) -> list[str]:
     if left_in_place:
         spool.set_left_behind({**spool.left_behind(), name: tree_fingerprint(parked)})
     temporary = directory / f"{atomic.TEMPORARY_PREFIX}{number}"
-    if os.path.lexists(temporary):
-        atomic.remove_tree(temporary)
     not_copied = copy_tree(parked, temporary, name)
     if not os.path.lexists(temporary):
         return not_copied

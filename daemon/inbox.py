@@ -174,13 +174,13 @@ def _copied(path: Path) -> str:
 def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Item:
     path = Path(entry.path)
     arrived_ns = path.lstat().st_ctime_ns
+    fingerprint = tree_fingerprint(path)
     mark: Literal["submitted", "ready"] | None = None
     content = path
     if (path / SUBMITTED_FILE).is_file():
         mark, content = "submitted", submitted_content(path)
     elif (path / READY_FILE).exists():
         mark = "ready"
-    fingerprint = tree_fingerprint(path)
     before = previous.find(entry.name) if previous else None
     same = before is not None and before.fingerprint == fingerprint
     return Item(

@@ -119,6 +119,8 @@ class Intake:
         """Bring a claimed batch out of incoming/."""
         directory = self.spool.state_dir("incoming") / batch
         try:
+            for leftover in directory.glob(f"{atomic.TEMPORARY_PREFIX}*"):
+                atomic.remove_tree(leftover)  # a copy or an unpacking that was cut short
             claim = gather(read_claim(directory), self.spool)
             with space_for(f"{batch} is kept in {directory} {LATER}"):
                 if not (directory / BATCH_FILE).exists():

@@ -186,8 +186,8 @@ def read_batch_folder(folder: Path, name: str | None = None) -> Layout:
         batches = [sub.name for sub in entries.folders if holds_files(sub)]
         if batches:
             raise InboxError(
-                f"{name or folder.name} holds no class folders but folders of class folders ({', '.join(batches)}); "
-                f"drop each of these on its own"
+                f"{name or folder.name} holds no class folders but folders of class folders "
+                f"({', '.join(batches)}); drop each of these on its own"
             )
     keys = {class_key(folder.name) for folder in layout.folders}
     layout.warnings += [

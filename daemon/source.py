@@ -74,9 +74,8 @@ def read_one(path: Path, unpacked: Path, config: InboxConfig) -> Layout:
         raise InboxError(f"{path.name} is neither a folder nor an archive")
     passed_over: list[tuple[str, str]] = []
     temporary = unpacked.with_name(f"{atomic.TEMPORARY_PREFIX}{unpacked.name}")
-    for leftover in (temporary, unpacked):  # unpacked again from the start: cheap, and the same every time
-        if leftover.exists():
-            atomic.remove_tree(leftover)
+    if unpacked.exists():  # before a crash: unpacked again, which is cheap and the same every time
+        atomic.remove_tree(unpacked)
     temporary.mkdir()
     try:
         passed_over = extract(path, temporary, config)

@@ -171,6 +171,8 @@ class Spool:
 
     def recover(self) -> Recovery:
         """Remove leftovers of writes cut short; say what is to be resumed. Harmless to repeat."""
+        for leftover in self.root.glob(f"{atomic.TEMPORARY_PREFIX}*"):
+            atomic.remove_file(leftover)
         listing = {
             state: {entry.name: _names(entry) for entry in (self.root / state).iterdir()}
             for state in STATES

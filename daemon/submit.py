@@ -98,13 +98,15 @@ def check(path: Path, config: Config, known: Known | None = None) -> CheckReport
     path = _submittable(path)
     try:
         with tempfile.TemporaryDirectory(prefix="dynlora-check-") as room:
-            # The drop is seen as it would be in the spool: under source/, with the unpacked archive beside it.
+            # The drop is seen as it would be in the spool: under source/, with what is unpacked beside it.
             base = Path(room)
             (base / SOURCE_DIR).symlink_to(path.parent)
             layout = read_one(base / SOURCE_DIR / path.name, base / f"{UNPACKED_DIR}-1", config.inbox)
             batch = compose(_claim_for(path), [layout], base, Context(config, known or Known()))
     except InboxError as error:
         return CheckReport({}, refused=str(error))
+    except OSError as error:
+        raise InboxError(f"{path} cannot be read: {error}; correct its rights") from error
     return _report(batch)
 
 

@@ -1,110 +1,116 @@
-"""Fixtures of the daemon's tests: homes with a real version 0, drops, and a service with a stand-in worker."""
+"""Fixtures of the daemon's tests: a home with an inbox, and pictures to drop into it."""
 
-import json
-import shutil
-import sys
-import time
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from daemon.config import AttemptsConfig, Config, InboxConfig
-from daemon.home import create_home
-from daemon.lifecycle import Launch
-from daemon.progress import LineView
-from daemon.service import Service
-from daemon.spool import Spool
-from deploy.store import VersionStore
-
-STANDIN = Path(__file__).with_name("standin_worker.py")
-QUICK = Config(
-    inbox=InboxConfig(settle_seconds=0, gather_seconds=0, scan_seconds=0.05),
-    attempts=AttemptsConfig(max=3, backoff_seconds=10),
-)
-
-
-def draw_class(folder, count=10, *, seed=0):
-    """A class folder of small random images that all differ."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng([seed, *folder.name.encode()])
-    for number in range(count):
-        pixels = rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
+from daemon.batch import Batch
+from daemon.config import Config, InboxConfig
+from daemon.intake import Intake, IntakeEvent
+from daemon.spool import Spool, State
 
 
 class Bench:
-    """A home, a service over it with a clock in hand, and what tests do with them."""
+    """A home, its intake, and a clock that only moves when told to."""
 
-    def __init__(self, home, config):
-        self.home, self.config = home, config
-        self.spool, self.store = Spool(home), VersionStore(home / "serving")
-        self.now = time.time()
-        self.service = self.new_service()
+    def __init__(self, home: Path, inbox: Path | None = None, **inbox_config: float) -> None:
+        self.home = home
+        self.inbox = inbox or home / "inbox"
+        self.inbox.mkdir(exist_ok=True)
+        self.spool = Spool(home)
+        self.spool.create()
+        self.config = Config(inbox=InboxConfig.model_validate(inbox_config))
+        self.now = 0.0
+        self._seeds = itertools.count()
+        self.restart()
 
-    def new_service(self):
-        """A service that starts anew from what is on disk, like a restarted daemon."""
-        launch = Launch(make_command=lambda *arguments: [sys.executable, str(STANDIN), *arguments])
-        self.service = Service(self.home, self.config, view=LineView(), launch=launch)
-        return self.service
+    def restart(self) -> None:
+        """A new intake over the same files, as after a crash."""
+        self.intake = Intake(self.config, self.inbox, self.spool)
 
-    def behave(self, **behaviour):
-        """Tell the stand-in worker how to behave from now on."""
-        (self.home / "behaviour.json").write_text(json.dumps(behaviour))
+    def paint(self, path: Path, seed: int | None = None, size: tuple[int, int] = (12, 9)) -> Path:
+        """A small picture that no other call without a seed makes."""
+        rng = np.random.default_rng(next(self._seeds) if seed is None else 10_000 + seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        return path
 
-    def drop(self, *names, seed=0):
-        """Put class folders into the inbox."""
-        for name in names:
-            draw_class(self.home / "inbox" / name, seed=seed)
+    def class_folder(self, name: str, count: int = 5, under: Path | None = None) -> Path:
+        """A folder of pictures, in the inbox unless told otherwise."""
+        folder = (under or self.inbox) / name
+        for number in range(count):
+            self.paint(folder / f"{number}.png")
+        return folder
 
-    def tick(self):
-        """One iteration; time passes as on the wall."""
-        self.now += 0.02
-        time.sleep(0.01)
-        self.service.tick(self.now)
+    def step(self, seconds: float = 0.0) -> list[IntakeEvent]:
+        """Let time pass, then one iteration."""
+        self.now += seconds
+        return self.intake.step(self.now)
 
-    def tick_until(self, is_true, seconds=30):
-        """Tick until a condition holds."""
-        deadline = time.monotonic() + seconds
-        while not is_true():
-            assert time.monotonic() < deadline, self.describe()
-            self.tick()
+    def settle(self) -> list[str]:
+        """Two looks at a quiet inbox; what was said."""
+        return [event.message for event in [*self.step(), *self.step(60)]]
 
-    def run(self):
-        """Tick until nothing is left to do, and at least until the inbox was looked at."""
-        self.tick()
-        self.tick()
-        self.tick_until(self.service.is_idle)
+    def only(self, state: State) -> Batch:
+        """The record of the one batch in `state`."""
+        (batch,) = self.spool.ids(state)
+        return self.spool.load(batch)
 
-    def state(self):
-        """Which batch is where."""
-        states = ("incoming", "queued", "work", "held", "failed", "done")
-        return {state: self.spool.ids(state) for state in states if self.spool.ids(state)}
+    def aside(self, batch: Batch) -> dict[str, str]:
+        """Name of each file set aside → why; each must still be there."""
+        directory = self.spool.path(batch.id)
+        for item in batch.set_aside:
+            assert (
+                ".zip" in item.file or (directory / item.file).exists() or item.reason.startswith("it disapp")
+            )
+        return {Path(item.file).name: item.reason for item in batch.set_aside}
 
-    def events(self):
-        """Names of the events so far."""
-        return [entry["event"] for entry in self.service._events.read()]
-
-    def describe(self):
-        """For the message of a condition that never came true."""
-        return f"{self.state()} {self.service.trouble} {self.service._events.read()[-3:]}"
-
-
-@pytest.fixture
-def home(version_dir, tmp_path):
-    """An initialised home with version 0 of the bundled model."""
-    path = tmp_path / "home"
-    create_home(path)
-    shutil.rmtree(path / "serving")
-    shutil.copytree(version_dir.parent.parent, path / "serving", symlinks=True)
-    return path
+    def names_and_counts(self, batch: Batch) -> dict[str, int]:
+        """Class as shown → usable images, each of which must be where the record says."""
+        for image in batch.images:
+            assert (self.spool.path(batch.id) / image.file).is_file()
+        return {
+            entry.name: sum(image.class_key == entry.key for image in batch.images) for entry in batch.classes
+        }
 
 
 @pytest.fixture
-def bench(home):
-    """A started service on a home of its own; its worker is stopped at the end."""
-    bench = Bench(home, QUICK)
-    bench.service.start()
-    yield bench
-    bench.service.stop(lambda: True)
+def bench(tmp_path: Path) -> Bench:
+    """A home with the default configuration."""
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def make_bench() -> type[Bench]:
+    """For a test that puts the home elsewhere or sets keys of [inbox]."""
+    return Bench
+
+
+@pytest.fixture
+def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
+    """A function (name, bytes) that mounts a small file system; skips where that is not allowed."""
+    import subprocess
+
+    mounted: list[Path] = []
+
+    def mount(name: str, size: int) -> Path:
+        path = tmp_path / name
+        path.mkdir()
+        result = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)],
+            capture_output=True,
+            check=False,
+        )
+        if result.returncode:
+            pytest.skip(f"mounting a tmpfs is not permitted here: {result.stderr.decode().strip()}")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "-l", str(path)], check=True)
