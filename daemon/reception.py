@@ -7,7 +7,7 @@ from pathlib import Path
 
 from daemon.compose import Known, KnownClass
 from daemon.config import Config
-from daemon.intake import Intake
+from daemon.intake import Intake, IntakeEvent
 from daemon.spool import Spool
 from deploy.manifest import load_classes
 from deploy.store import VersionStore
@@ -44,6 +44,16 @@ class Reception:
             should_stop=self._is_stopping,
         )
 
+    def _pass_on(self, event: IntakeEvent) -> None:
+        name, level = _EVENTS[event.event]
+        if name == "duplicate":
+            twin = self._intake.spool.load(event.batch or "").duplicate_of
+            self._tell(name, level, batch=event.batch, duplicate_of=twin)
+        elif name == "queued":
+            self._tell(name, level, batch=event.batch, what=event.message)
+        else:
+            self._tell(name, level, batch=event.batch, why=event.message)
+
     def _is_stopping(self) -> bool:
         return self.should_stop()
 
@@ -57,8 +67,7 @@ class Reception:
             return
         self.wake.clear()
         for event in self._intake.step(now):
-            name, level = _EVENTS[event.event]
-            self._tell(name, level, batch=event.batch, why=event.message)
+            self._pass_on(event)
         self._next_scan = now + self._intake.seconds_to_next_scan(now)
 
     @property

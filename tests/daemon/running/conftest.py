@@ -1,4 +1,4 @@
-"""Fixtures of the daemon's tests: homes with a real version 0, drops, and a service with a stand-in worker."""
+"""Homes with a real version 0, drops, and a service with a stand-in worker."""
 
 import json
 import shutil
@@ -72,8 +72,10 @@ class Bench:
             self.tick()
 
     def run(self):
-        """Tick until nothing is left to do, and at least until the inbox was looked at."""
+        """Tick until nothing is left to do, and at least until the inbox was looked at twice."""
+        self.service.reception.wake.set()
         self.tick()
+        self.service.reception.wake.set()
         self.tick()
         self.tick_until(self.service.is_idle)
 

@@ -1,8 +1,9 @@
-"""A worker that learns nothing, for tests of the daemon: it follows the protocol, and `behaviour.json` in the home.
+"""A worker that learns nothing, for tests of the daemon: it follows the protocol and `behaviour.json`.
 
-Keys of behaviour.json, all optional: `steps`, `step_seconds`; `exams` ([images, before, gained, lost] each, the
-batch's own first); `fail` (sentence) with `retry`; `die` (signal number, before any result); `torn` (cut the staged
-weights short); `silent` (end well without a report); `only` (batch ids that fail, die or are torn; default all).
+Keys of behaviour.json, all optional: `steps`, `step_seconds`; `exams` ([images, before, gained, lost] each,
+the batch's own first); `fail` (sentence) with `retry`; `die` (signal number, before any result); `torn` (cut
+the staged weights short); `silent` (end well without a report); `only` (batch ids that fail, die or are torn;
+default all).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 from daemon.batch import read_batch
+from daemon.plan import PLAN_NAME, Plan
 from daemon.report import ExamResult, Report
 from deploy import atomic
 from deploy.manifest import MANIFEST_NAME, record_files
@@ -35,6 +37,9 @@ def learn(home, batch_id, parent, behaviour):
     checkpoint = work_dir / "checkpoint" / "checkpoint.safetensors"
     atomic.make_dir(checkpoint.parent)
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    plan = plan_for(batch, parent)
+    if first == 0:
+        atomic.write_text(work_dir / PLAN_NAME, plan.model_dump_json(by_alias=True))
     say("phase", phase="train", resumed_at=first)
     steps = behaviour.get("steps", 2)
     for step in range(first + 1, steps + 1):
@@ -55,6 +60,22 @@ def learn(home, batch_id, parent, behaviour):
     stage(home, batch, parent, behaviour)
     say("result")
     return 0
+
+
+def plan_for(batch, parent):
+    """A plan that names its parent, as every plan does."""
+    return Plan(
+        batch=batch.id,
+        content_sha256=batch.content_sha256,
+        parent=parent,
+        parent_weights_sha256="0" * 64,
+        seed=1,
+        splits={},
+        threads=1,
+        preset="default",
+        settings={},
+        software={},
+    )
 
 
 def stage(home, batch, parent, behaviour):
