@@ -2,9 +2,9 @@
 
     python benchmarks/native_inbox.py [--data ../shared/data] [--seeds 3] [--preset default]
 
-For each seed: a fresh home, `dynlora run --once` for clothing, then groceries, then objects. Every version is scored
-through ONNX Runtime: each domain on its pack's whole test split restricted to the dropped classes, over the union
-of all dropped names; Tiny-ImageNet's test split 200-way; cifar10 and pacs_photo as zero-shot probes.
+For each seed: a fresh home, `dynlora run --once` for clothing, then groceries, then objects. Every version is
+scored through ONNX Runtime: each domain on its pack's whole test split restricted to the dropped classes,
+over the union of all dropped names; Tiny-ImageNet's test split 200-way; cifar10 and pacs_photo zero-shot.
 Targets: every domain up by at least 25 points, Tiny-ImageNet down by at most 5.
 """
 

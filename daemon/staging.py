@@ -14,7 +14,7 @@ import numpy as np
 
 from daemon.batch import Batch
 from daemon.founding import software_versions, write_class_list, write_reference
-from deploy.delta import Delta, fold
+from deploy.delta import Delta, write_folded
 from deploy.manifest import (
     DELTA_NAME,
     OPEN_CLIP_CONFIG_NAME,
@@ -24,7 +24,7 @@ from deploy.manifest import (
     Manifest,
 )
 from deploy.store import VersionStore
-from deploy.weights import Array, read_weights, write_weights
+from deploy.weights import Array, read_weights
 from dynlora.clip import load_version
 
 
@@ -73,9 +73,8 @@ def stage_candidate(candidate: Candidate, delta_path: Path) -> tuple[Path, float
     store, parent_dir = candidate.store, candidate.store.path(candidate.parent.version)
     staging = store.stage(candidate.batch.id, like=candidate.parent.version)
     shutil.copyfile(delta_path, staging / DELTA_NAME)
-    folded = fold(read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
-    write_weights(staging / WEIGHTS_NAME, folded)
-    drift = distance(folded, read_weights(store.path(0) / WEIGHTS_NAME))
+    write_folded(staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
+    drift = distance(read_weights(staging / WEIGHTS_NAME), read_weights(store.path(0) / WEIGHTS_NAME))
     # From the file, not from memory: what torch says here is what every client must find.
     clip = load_version(
         staging / OPEN_CLIP_CONFIG_NAME, staging / WEIGHTS_NAME, candidate.parent.architecture

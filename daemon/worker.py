@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
             from daemon.adaptation import adapt_batch
             from daemon.config import load_config
 
-            config = load_config(options.config)
+            config = load_config(options.config, options.home)
             adapt_batch(options.home, options.batch, options.parent, config, outlet=outlet, stop=stop)
     except Interrupted:
         return EXIT_STOPPED

@@ -1,7 +1,7 @@
 """Other views of a task's own images, and stand-ins for the rest of the visual world made out of them.
 
-Pure functions of tensors and a generator. Pixels are (N, 3, H, W) float32, normalised; values stay within what
-a real image can have. Nothing here needs, or keeps, an image of another task.
+Pure functions of tensors and a generator. Pixels are (N, 3, H, W) float32, normalised; values stay within
+what a real image can have. Nothing here needs, or keeps, an image of another task.
 """
 
 import math
@@ -15,7 +15,7 @@ _TILES = 4  # a side, of the jigsaw
 
 
 def views(pixels: Tensor, generator: torch.Generator, *, min_area: float, jitter: float) -> Tensor:
-    """One random crop (area share in [min_area, 1], aspect within ±20 %), flip, contrast and brightness each."""
+    """One random crop (area share in [min_area, 1], aspect within ±20 %), flip, contrast and brightness."""
     n = len(pixels)
     area = _uniform(n, generator, min_area, 1.0)
     aspect = torch.exp(_uniform(n, generator, -0.2, 0.2))

@@ -5,16 +5,16 @@ Shapes: B images of a step, C classes of the task, S names seen before.
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dynlora import prompts
 from dynlora.attach import Site
 from dynlora.clip import Clip
+from dynlora.retaining import RetainingObjective
+from dynlora.sampling import BatchSampler
 from dynlora.settings import Settings
 from dynlora.task import Task
 
@@ -69,32 +69,8 @@ class PublishedObjective:
         return 1.0
 
 
-class BatchSampler:
-    """Which images make up step n: an endless stream of seeded shuffles, cut into batches. Stateless."""
-
-    def __init__(self, images: int, batch_size: int, *, seed: int) -> None:
-        self.images, self.seed = images, seed
-        self.batch_size = min(batch_size, images)
-
-    def at(self, step: int) -> Tensor:
-        """(B,) indices for `step`."""
-        first = step * self.batch_size
-        return torch.cat(list(self._pieces(first, first + self.batch_size)))
-
-    def _pieces(self, start: int, stop: int) -> Iterator[Tensor]:
-        while start < stop:
-            epoch, offset = divmod(start, self.images)
-            order = torch.randperm(self.images, generator=generator_for(self.seed, epoch))
-            piece = order[offset : offset + stop - start]
-            yield piece
-            start += len(piece)
-
-
-def generator_for(seed: int, number: int) -> torch.Generator:
-    """A generator of its own for every (seed, number): resuming needs no random state."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-
-
 def build_objective(clip: Clip, task: Task, settings: Settings, *, seed: int) -> Objective:
     """The objective that `settings` names."""
+    if settings.objective == "default":
+        return RetainingObjective(clip, task, settings, seed=seed)
     return PublishedObjective(clip, task, settings, seed=seed)

@@ -28,6 +28,19 @@ class Settings:
     threshold: Operator = "paper"
     random_importance: bool = True  # gates start at N(0, 1) as published, else all at 1
 
+    # Of the default objective only (dynlora/retaining.py says what the weights weigh).
+    vision_learning_rate: float | None = None  # None: as the text tower's
+    gate_learning_rate_factor: float = 1.0  # gates learn so many times faster than lora_A and lora_B
+    rise: float = 1.0
+    margin: float = 0.0  # logits a new class is to stand above all others
+    hold: float = 50.0
+    apart: float = 100.0
+    look: float = 20.0
+    names_per_step: int = 128  # known names, and bank names, looked at in a step
+    stand_ins: int = 16  # images a step
+    crop_min_area: float = 0.6  # share of the image that a random crop keeps at least
+    colour_jitter: float = 0.1  # of contrast and brightness
+
     def __post_init__(self) -> None:
         for name in ("rank", "batch_size", "kappa_levels"):
             if getattr(self, name) < 1:
@@ -67,7 +80,15 @@ class Settings:
 
 
 PAPER = Settings()
-DEFAULT = Settings()
+DEFAULT = Settings(
+    objective="default",
+    steps=None,
+    batch_size=32,
+    learning_rate=2e-3,
+    vision_learning_rate=5e-4,
+    betas=(0.9, 0.999),
+    random_importance=False,
+)
 
 
 def preset(name: str) -> Settings:

@@ -11,7 +11,8 @@ from dynlora.attach import attached, reset
 from dynlora.clip import load_clip
 from dynlora.errors import CheckpointError, Interrupted, TaskError
 from dynlora.learner import Hooks, adapt
-from dynlora.objectives import BatchSampler, PublishedObjective
+from dynlora.objectives import PublishedObjective
+from dynlora.sampling import BatchSampler
 from dynlora.settings import Settings
 from dynlora.task import Name, Task
 

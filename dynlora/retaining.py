@@ -1,0 +1,125 @@
+"""The default objective: new classes rise above what is known, and what is known stays where it is.
+
+The published loss says nothing about names outside the batch, and nothing at all for one class alone. Here
+every step also looks at names that are not in the batch (those known before, and a fixed bank of everyday
+ones), as text only, and at stand-in images made out of the batch's own: no image of the past is needed.
+
+    supervised  cross-entropy image→text over the batch's classes; 0 for one class alone
+    rise        each image's own class above all other names, which do not move: softplus(lse(others) − own)
+    hold        text embeddings of known and bank names stay where the previous model had them
+    apart       a new name comes no closer to other names than the previous model had it
+    look        embeddings of the batch's images, and of stand-ins, stay near the previous model's
+
+Shapes: B images of a step, C classes of the task, K known names, S names in all, D embedding width.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynlora import attach, augment, prompts
+from dynlora.attach import Site
+from dynlora.clip import Clip
+from dynlora.names import same_name_key
+from dynlora.sampling import BatchSampler, generator_for
+from dynlora.settings import Settings
+from dynlora.task import Name, Task
+
+_ENCODE_AT_ONCE = 256  # prompts; bounds memory while the previous model's texts are computed
+
+
+class RetainingObjective:
+    """The default preset's loss for one task."""
+
+    def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
+        self.model, self.task, self.settings, self.seed = clip.model, task, settings, seed
+        self.own, self.known = len(task.classes), len(task.known)
+        names = [*task.classes, *task.known, *_bank(task)]
+        self.prompts = prompts.tokenize(clip, [n.name for n in names], [n.template for n in names])
+        self.before = self._encode_all()  # (S, D), by the model as it is before learning
+        self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
+        self.batches = BatchSampler(len(task.labels), settings.batch_size, seed=seed)
+        self.loras: list[Any] = []
+
+    def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
+        """Towers at their own pace, gates at a multiple of it."""
+        self.loras = [site.lora for site in sites]
+        s = self.settings
+        paces = {"vision": s.vision_learning_rate or s.learning_rate, "text": s.learning_rate}
+        groups = []
+        for tower, pace in paces.items():
+            loras = [site.lora for site in sites if site.tower == tower]
+            matrices = itertools.chain(*((lora.lora_A, lora.lora_B) for lora in loras))
+            groups.append({"params": list(matrices), "lr": pace})
+            gates = [lora.importance for lora in loras]
+            groups.append({"params": gates, "lr": pace * s.gate_learning_rate_factor})
+        return groups
+
+    def loss(self, step: int) -> Tensor:
+        """The weighted sum of the five terms."""
+        s, generator = self.settings, generator_for(self.seed, -1 - step)
+        index = self.batches.at(step)
+        labels = self.task.labels[index]
+        pixels = augment.views(
+            self.task.pixels[index], generator, min_area=s.crop_min_area, jitter=s.colour_jitter
+        )
+        pixels = torch.cat([pixels, augment.stand_ins(pixels, s.stand_ins, generator)])
+        with attach.switched_off(self.loras), torch.no_grad():
+            images_before = self._encode_images(pixels)
+        images = self._encode_images(pixels)  # (B + stand-ins, D)
+        chosen = self._choose_names(generator)  # (own + others,), own first
+        texts = prompts.encode_text(self.model, self.prompts.rows(chosen))
+        own, held = texts[: self.own], texts[self.own :]
+        held_before = self.before[chosen[self.own :]]
+        of_batch = images[: len(labels)]
+        loss = s.rise * self._rise(of_batch.detach(), own[labels], held_before)
+        if self.own > 1:
+            loss = loss + F.cross_entropy(self.scale * of_batch @ own.T, labels)
+        loss = loss + s.hold * self._moved(held, held_before)
+        loss = loss + s.apart * self._closer(own, held_before)
+        return loss + s.look * self._moved(images, images_before)
+
+    def choose_scale(self, sites: list[Site]) -> float:  # noqa: ARG002 - part of the protocol
+        """The whole update."""
+        return 1.0
+
+    def _rise(self, images: Tensor, own: Tensor, others: Tensor) -> Tensor:
+        """How far each image's own class is from standing above the others by the margin; (B, D), (N, D)."""
+        logits = self.scale * (images * own).sum(-1)
+        highest = torch.logsumexp(self.scale * images @ others.T, dim=-1)
+        return F.softplus(highest + self.settings.margin - logits).mean()
+
+    def _closer(self, own: Tensor, others_before: Tensor) -> Tensor:
+        """Squared growth of the new names' cosines to other names, summed over those, (C, D) and (N, D)."""
+        before = self.before[: self.own] @ others_before.T
+        growth = F.relu(own @ others_before.T - before.clamp(min=0))
+        return growth.square().sum(-1).mean()
+
+    @staticmethod
+    def _moved(now: Tensor, before: Tensor) -> Tensor:
+        """Mean 1 − cosine between embeddings now and before."""
+        return (1 - (now * before).sum(-1)).mean()
+
+    def _choose_names(self, generator: torch.Generator) -> Tensor:
+        """The batch's own names, and a sample of known and of bank names."""
+        s, total = self.settings, len(self.prompts)
+        known = torch.randperm(self.known, generator=generator)[: s.names_per_step] + self.own
+        bank = torch.randperm(total - self.own - self.known, generator=generator)[: s.names_per_step]
+        return torch.cat([torch.arange(self.own), known, bank + self.own + self.known])
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        return F.normalize(self.model.visual(pixels), dim=-1)  # type: ignore[operator]
+
+    def _encode_all(self) -> Tensor:
+        rows = torch.split(torch.arange(len(self.prompts)), _ENCODE_AT_ONCE)
+        with torch.no_grad():
+            return torch.cat([prompts.encode_text(self.model, self.prompts.rows(part)) for part in rows])
+
+
+def _bank(task: Task) -> list[Name]:
+    """The everyday names that are neither in the batch nor known."""
+    taken = {same_name_key(n.name) for n in (*task.classes, *task.known)}
+    return [Name(name) for name in prompts.generic_names() if same_name_key(name) not in taken]
