@@ -56,11 +56,11 @@ def main() -> int:
         (HOME / "config.toml").write_text(CONFIG)
         found = run(console)
     except DemoError as error:
-        console.print(f"[red]The demo stopped:[/] {error}", highlight=False)
+        console.print(f"The demo stopped: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     console.print(f"\n{time.monotonic() - started:.0f} s in all.", highlight=False)
     for problem in found:
-        console.print(f"[red]Not as promised:[/] {problem}", highlight=False)
+        console.print(f"Not as promised: {problem}", style="red", markup=False, soft_wrap=True)
     say_what_is_next(console)
     return 1 if found else 0
 
@@ -163,7 +163,7 @@ def wait_live(client: Client, version: int, *, is_alive: Callable[[], bool], vie
     while client.version < version:
         for state in ("held", "failed"):
             for batch in (HOME / "spool" / state).glob("[!.]*"):
-                raise DemoError(f"batch {batch.name} is {state}; the reason is in {batch}")
+                raise DemoError(f"batch {batch.name} is {state}, see {batch}. {log_tail()}")
         if not is_alive():
             raise DemoError(f"the daemon ended by itself. {log_tail()}")
         if time.monotonic() > deadline:

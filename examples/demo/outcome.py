@@ -10,7 +10,7 @@ from rich.table import Table
 from traffic import Request, Swap, swaps
 
 from deploy.client import Client
-from deploy.manifest import GRAPH_NAMES, Manifest
+from deploy.manifest import GRAPH_NAMES, Manifest, load_classes
 from deploy.store import VersionStore
 
 MIN_REQUESTS = 200
@@ -82,7 +82,7 @@ def show(
     for heading in ("images", "asked among", "before", "after"):
         learnt.add_column(heading, justify="right" if heading in ("before", "after") else "left")
     for manifest in updates:
-        learnt.add_row(*_exam_row(manifest))
+        learnt.add_row(*_exam_row(manifest, len(load_classes(store.path(manifest.version)).classes)))
     for heading, names, values in (
         ("held-out clothing", "the dropped names", (before.clothing, after.clothing)),
         ("held-out groceries", "the dropped names", (before.groceries, after.groceries)),
@@ -92,20 +92,24 @@ def show(
     console.print(learnt)
 
     facts = Table(title="How it was served", title_justify="left", show_header=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")  # a hash is shown whole
     for name, value in _facts(store, updates, requests):
         facts.add_row(name, value)
     console.print(facts)
 
 
-def _exam_row(manifest: Manifest) -> tuple[str, str, str, str]:
+def _exam_row(manifest: Manifest, known: int) -> tuple[str, str, str, str]:
     assert manifest.batch is not None
     heading = f"exam of {manifest.batch.id} ({manifest.batch.images.exam} images)"
+    # A lone first class is always right among known names: there is no other to confuse it with.
+    names = "the only known name" if known == 1 else f"the {known} known names"
     exams = (manifest.metrics or {}).get("exams")
     for exam in exams if isinstance(exams, list) else []:
         if isinstance(exam, dict) and exam["batch"] == manifest.batch.id:
             before, after = (float(str(exam[key])) for key in ("accuracy_before", "accuracy_after"))
-            return heading, "all known names", f"{before:.1%}", f"{after:.1%}"
-    return heading, "all known names", "not graded", "not graded"
+            return heading, names, f"{before:.1%}", f"{after:.1%}"
+    return heading, names, "not graded", "not graded"
 
 
 def _facts(
