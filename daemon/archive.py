@@ -65,7 +65,7 @@ class _Meter:
         raise ArchiveError(f"{self.archive.name} was refused: {what} (inbox.{key}); send it in smaller parts")
 
 
-def extract(archive: Path, target: Path, config: InboxConfig) -> list[tuple[str, str]]:
+def extract(archive: Path, target: Path, *, config: InboxConfig) -> list[tuple[str, str]]:
     """Unpack into the empty directory `target`; returns (member, why it was passed over).
 
     Raises:

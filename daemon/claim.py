@@ -58,7 +58,7 @@ def read_claim(directory: Path) -> Claim:
         ) from error
 
 
-def stake(items: Sequence[Item], inbox: Path, spool: Spool, *, seq: int, received_at: str) -> Claim:
+def stake(items: Sequence[Item], inbox: Path, *, spool: Spool, seq: int, received_at: str) -> Claim:
     """Write down what is to be taken; nothing moves yet.
 
     Raises:
@@ -107,6 +107,21 @@ def gather(claim: Claim, spool: Spool) -> Claim:
     return claim
 
 
+def unfinished(spool: Spool) -> set[str]:
+    """The entries of the inbox, parked ones included, that a claim has yet to take or to copy whole."""
+    names: set[str] = set()
+    for batch in spool.ids("incoming"):
+        directory = spool.state_dir("incoming") / batch
+        try:
+            claim = read_claim(directory)
+        except InboxError:
+            continue
+        for number, name in enumerate(claim.items, 1):
+            if not os.path.lexists(directory / SOURCE_DIR / name):
+                names |= {name, _parked(claim, number).name}
+    return names
+
+
 @contextmanager
 def space_for(what: str) -> Iterator[None]:
     """Turn "no space left" into a sentence that ends in what happens to the data."""
@@ -126,7 +141,7 @@ def _write(claim: Claim, directory: Path) -> None:
 def _take(claim: Claim, number: int, name: str, spool: Spool) -> list[str]:
     inbox, directory = Path(claim.inbox), spool.state_dir("incoming") / claim.id
     target = directory / SOURCE_DIR / name
-    parked = inbox / f"{CLAIMED_PREFIX}{claim.id}{'' if number == 1 else f'.{number}'}"
+    parked = _parked(claim, number)
     if os.path.lexists(target):
         return []
     if not os.path.lexists(parked):
@@ -140,21 +155,30 @@ def _take(claim: Claim, number: int, name: str, spool: Spool) -> list[str]:
         else:
             return []
         parked = _park(inbox / name, parked)
-    left_in_place = parked.name == name
     owner = _owner(parked) or "its owner"
-    if left_in_place:
-        spool.set_left_behind({**spool.left_behind(), name: tree_fingerprint(parked)})
     temporary = directory / f"{atomic.TEMPORARY_PREFIX}{number}"
-    not_copied = copy_tree(parked, temporary, name)
-    if not os.path.lexists(temporary):
-        return not_copied
-    (atomic.fsync_tree if temporary.is_dir() else atomic.fsync_file)(temporary)
+    try:
+        not_copied = copy_tree(parked, temporary, shown=name)
+        if not os.path.lexists(temporary):
+            return not_copied
+        (atomic.fsync_tree if temporary.is_dir() else atomic.fsync_file)(temporary)
+    except OSError:
+        if os.path.lexists(temporary):
+            atomic.remove_tree(temporary)  # half a copy fills a full disk and helps nobody
+        raise
+    if parked.name == name:  # remembered before the copy counts, so that no crash makes it count twice
+        still_there = {n: f for n, f in spool.left_behind().items() if os.path.lexists(inbox / n)}
+        spool.set_left_behind({**still_there, name: tree_fingerprint(parked)})
     atomic.rename(temporary, target)
     told = (
         f"{name} belongs to {owner} and could not be moved out of the inbox, so it was copied and will not "
         f"be taken again; delete {parked} when you like"
     )
     return [told, *not_copied]
+
+
+def _parked(claim: Claim, number: int) -> Path:
+    return Path(claim.inbox) / f"{CLAIMED_PREFIX}{claim.id}{'' if number == 1 else f'.{number}'}"
 
 
 def _park(source: Path, parked: Path) -> Path:
@@ -168,7 +192,7 @@ def _park(source: Path, parked: Path) -> Path:
     return parked
 
 
-def copy_tree(source: Path, target: Path, shown: str) -> list[str]:
+def copy_tree(source: Path, target: Path, *, shown: str) -> list[str]:
     """Copy files, folders, and links as links; returns a sentence for each entry that could not be."""
     try:
         mode = source.lstat().st_mode
@@ -178,7 +202,9 @@ def copy_tree(source: Path, target: Path, shown: str) -> list[str]:
             entries = sorted(source.iterdir())
             target.mkdir()
             return [
-                s for entry in entries for s in copy_tree(entry, target / entry.name, f"{shown}/{entry.name}")
+                s
+                for entry in entries
+                for s in copy_tree(entry, target / entry.name, shown=f"{shown}/{entry.name}")
             ]
         elif stat.S_ISREG(mode):
             shutil.copyfile(source, target, follow_symlinks=False)

@@ -178,7 +178,7 @@ class _Composition:
             self.put_aside(folder.path, reason)
 
 
-def compose(claim: Claim, layouts: Sequence[Layout], base: Path, context: Context) -> Batch:
+def compose(claim: Claim, layouts: Sequence[Layout], *, base: Path, context: Context) -> Batch:
     """The record of the batch that these layouts make. Without classes where nothing is usable.
 
     Raises:

@@ -124,7 +124,7 @@ class Config(Section):
 
 
 def find_config(
-    home: Path, explicit: Path | None = None, environ: Mapping[str, str] | None = None
+    home: Path, explicit: Path | None = None, *, environ: Mapping[str, str] | None = None
 ) -> Path | None:
     """The file to load: `explicit`, then DYNLORA_CONFIG, then HOME/config.toml, then ./config.toml, or None.
 

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shlex
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,7 +69,12 @@ def archive_stem(name: str) -> str:
 
 
 def scan_inbox(
-    inbox: Path, now: float, previous: Scan | None = None, left_behind: Mapping[str, str] | None = None
+    inbox: Path,
+    now: float,
+    *,
+    previous: Scan | None = None,
+    left_behind: Mapping[str, str] | None = None,
+    unfinished: Collection[str] = (),
 ) -> Scan:
     """Look at everything in `inbox`.
 
@@ -77,6 +82,7 @@ def scan_inbox(
         now: the caller's clock, in seconds; only differences matter.
         previous: the scan before, from which quiet times are carried on.
         left_behind: drops that were copied and could not be removed, name → fingerprint: not taken again.
+        unfinished: names that an earlier claim has yet to take or to copy whole.
 
     Raises:
         OSError: the inbox itself cannot be read.
@@ -86,7 +92,9 @@ def scan_inbox(
     ignored: list[str] = []
     for entry in sorted(os.scandir(inbox), key=lambda entry: entry.name):
         name = entry.name
-        if name.startswith(CLAIMED_PREFIX):
+        if name in unfinished:
+            problems.append(Problem(name, f"{name} is being taken in; leave it as it is until that is done"))
+        elif name.startswith(CLAIMED_PREFIX):
             problems.append(Problem(name, _copied(Path(entry.path))))
         elif name.startswith(".") or is_junk(name):
             ignored.append(name)

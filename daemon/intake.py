@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from daemon.batch import BATCH_FILE, Batch, read_batch
-from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake
+from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake, unfinished
 from daemon.compose import Context, Known, KnownClass, compose
 from daemon.config import Config
 from daemon.errors import InboxError, NoSpaceError, Stopped
@@ -46,7 +46,6 @@ class Intake:
     scan: Scan = field(default_factory=Scan)
     problems: tuple[Problem, ...] = ()
     waits: str | None = None  # why nothing is taken in now, such as a full disk
-    _next_check: float = 0.0
 
     def step(self, now: float) -> list[IntakeEvent]:
         """Finish what was begun, then take in what is ready.
@@ -55,24 +54,20 @@ class Intake:
             InboxError: the inbox cannot be read; says what to do.
         """
         events: list[IntakeEvent] = []
-        self.waits = None
+        told, self.waits = self.waits, None
         try:
-            events += [self._finish(batch) for batch in self.spool.ids("incoming")]
+            for batch in self.spool.ids("incoming"):
+                events += self._try_to_finish(batch)
             previous, self.scan = self.scan, self._look(now)
             events += self._tell(now)
             for group in ready_items(previous, self.scan, now, self.config.inbox):
-                claim = self._stake(group)
-                self.scan = Scan(
-                    tuple(item for item in self.scan.items if item not in group),
-                    self.scan.problems,
-                    self.scan.ignored,
-                )
-                events.append(self._finish(claim.id))
+                events += self._take(group)
         except NoSpaceError as error:
             self.waits = str(error)
-            events.append(IntakeEvent("intake_waits", str(error)))
         except Stopped as error:
-            self.waits = str(error)
+            self.waits = told = str(error)
+        if self.waits not in {None, told}:
+            events.append(IntakeEvent("intake_waits", str(self.waits)))
         return events
 
     @property
@@ -98,7 +93,13 @@ class Intake:
 
     def _look(self, now: float) -> Scan:
         try:
-            return scan_inbox(self.inbox, now, self.scan, self.spool.left_behind())
+            return scan_inbox(
+                self.inbox,
+                now,
+                previous=self.scan,
+                left_behind=self.spool.left_behind(),
+                unfinished=unfinished(self.spool),
+            )
         except OSError as error:
             raise InboxError(
                 f"the inbox {self.inbox} cannot be read ({error.strerror}); create it or correct its rights"
@@ -110,10 +111,22 @@ class Intake:
         self.problems = (*self.scan.problems, *empty_folders(self.scan, now, self.config.inbox))
         return [IntakeEvent("inbox_problem", p.sentence) for p in self.problems if p not in told]
 
-    def _stake(self, group: list[Item]) -> Claim:
+    def _take(self, group: list[Item]) -> list[IntakeEvent]:
+        """Claim a group and finish it."""
         seq = self.spool.next_seq(self.known().batch_ids)
         received_at = datetime.now(UTC).isoformat(timespec="seconds")
-        return stake(group, self.inbox, self.spool, seq=seq, received_at=received_at)
+        claim = stake(group, self.inbox, spool=self.spool, seq=seq, received_at=received_at)
+        rest = tuple(item for item in self.scan.items if item not in group)
+        self.scan = Scan(rest, self.scan.problems, self.scan.ignored)
+        return self._try_to_finish(claim.id)
+
+    def _try_to_finish(self, batch: str) -> list[IntakeEvent]:
+        """As _finish; a batch too large for the disk waits without holding up the others."""
+        try:
+            return [self._finish(batch)]
+        except NoSpaceError as error:
+            self.waits = str(error)
+            return []
 
     def _finish(self, batch: str) -> IntakeEvent:
         """Bring a claimed batch out of incoming/."""
@@ -132,10 +145,10 @@ class Intake:
             return self._fail(batch, directory, str(error), [])
 
     def _compose(self, claim: Claim, directory: Path) -> None:
-        layouts = read_source(claim, directory, self.config.inbox)
+        layouts = read_source(claim, directory, config=self.config.inbox)
         history = self.spool.history(without=claim.id)
         context = Context(self.config, self._known_and_coming(), history, self.should_stop)
-        record = compose(claim, layouts, directory, context)
+        record = compose(claim, layouts, base=directory, context=context)
         record = record.model_copy(update={"duplicate_of": self._duplicate_of(record, context.known)})
         atomic.write_file(directory / BATCH_FILE, record.to_json().encode())
 

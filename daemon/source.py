@@ -39,7 +39,7 @@ class Submitted(BaseModel):
         return note.model_copy(update=changes)
 
 
-def read_source(claim: Claim, directory: Path, config: InboxConfig) -> list[Layout]:
+def read_source(claim: Claim, directory: Path, *, config: InboxConfig) -> list[Layout]:
     """The layouts of everything in source/, archives unpacked beside it.
 
     Raises:
@@ -54,14 +54,14 @@ def read_source(claim: Claim, directory: Path, config: InboxConfig) -> list[Layo
         submitted = _read_submitted(path)
         if submitted is not None:
             path = submitted_content(path)
-        layout = read_one(path, directory / f"{UNPACKED_DIR}-{number}", config)
+        layout = read_one(path, directory / f"{UNPACKED_DIR}-{number}", config=config)
         if submitted is not None:
             layout.note = submitted.over(layout.note)
         layouts.append(layout)
     return layouts
 
 
-def read_one(path: Path, unpacked: Path, config: InboxConfig) -> Layout:
+def read_one(path: Path, unpacked: Path, *, config: InboxConfig) -> Layout:
     """The layout of a folder, or of an archive after unpacking it into the new directory `unpacked`.
 
     Raises:
@@ -78,7 +78,7 @@ def read_one(path: Path, unpacked: Path, config: InboxConfig) -> Layout:
         atomic.remove_tree(unpacked)
     temporary.mkdir()
     try:
-        passed_over = extract(path, temporary, config)
+        passed_over = extract(path, temporary, config=config)
     except InboxError:
         atomic.remove_tree(temporary)  # a copy: the archive itself is kept
         raise

@@ -76,7 +76,7 @@ def submit(
     try:
         with space_for(f"nothing of {path} was submitted; free some space and submit it again"):
             temporary.mkdir()
-            if not_copied := copy_tree(path, temporary / path.name, path.name):
+            if not_copied := copy_tree(path, temporary / path.name, shown=path.name):
                 raise InboxError(f"{path} was not submitted: {'; '.join(not_copied)}")
             atomic.write_file(temporary / SUBMITTED_FILE, (note.model_dump_json() + "\n").encode())
             _open_to_the_group(temporary)
@@ -101,8 +101,8 @@ def check(path: Path, config: Config, known: Known | None = None) -> CheckReport
             # The drop is seen as it would be in the spool: under source/, with what is unpacked beside it.
             base = Path(room)
             (base / SOURCE_DIR).symlink_to(path.parent)
-            layout = read_one(base / SOURCE_DIR / path.name, base / f"{UNPACKED_DIR}-1", config.inbox)
-            batch = compose(_claim_for(path), [layout], base, Context(config, known or Known()))
+            layout = read_one(base / SOURCE_DIR / path.name, base / f"{UNPACKED_DIR}-1", config=config.inbox)
+            batch = compose(_claim_for(path), [layout], base=base, context=Context(config, known or Known()))
     except InboxError as error:
         return CheckReport({}, refused=str(error))
     except OSError as error:

@@ -155,7 +155,7 @@ def test_a_zip_that_lies_about_its_size_gets_no_further_than_it_said(tmp_path: P
     archive.write_bytes(content)
     (tmp_path / "out").mkdir()
 
-    passed_over = extract(archive, tmp_path / "out", InboxConfig())
+    passed_over = extract(archive, tmp_path / "out", config=InboxConfig())
 
     assert [name for name, _ in passed_over] == ["a/0.png"]
     assert not (tmp_path / "out/a/0.png").exists()
@@ -177,7 +177,7 @@ def test_an_archive_beyond_a_limit_is_refused(
     (tmp_path / "out").mkdir()
 
     with pytest.raises(ArchiveError, match=told):
-        extract(archive, tmp_path / "out", InboxConfig.model_validate(limits))
+        extract(archive, tmp_path / "out", config=InboxConfig.model_validate(limits))
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
@@ -233,7 +233,7 @@ def test_names_that_collide_or_do_not_fit_are_passed_over(tmp_path: Path) -> Non
     archive = pack(tmp_path / "a.tar", members)
     (tmp_path / "out").mkdir()
 
-    passed_over = extract(archive, tmp_path / "out", InboxConfig())
+    passed_over = extract(archive, tmp_path / "out", config=InboxConfig())
 
     assert (tmp_path / "out/a/0.png").read_bytes() == b"first"
     assert [reason.partition(";")[0] for _, reason in passed_over] == [
@@ -260,6 +260,6 @@ def test_unpacked_files_have_plain_rights(tmp_path: Path) -> None:
         packed.addfile(info, io.BytesIO(b"x"))
     (tmp_path / "out").mkdir()
 
-    extract(tmp_path / "a.tar", tmp_path / "out", InboxConfig())
+    extract(tmp_path / "a.tar", tmp_path / "out", config=InboxConfig())
 
     assert (tmp_path / "out/x.png").stat().st_mode & 0o7133 == 0

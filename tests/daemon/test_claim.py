@@ -269,6 +269,25 @@ def test_a_disk_too_small_for_an_archive_keeps_the_archive(make_bench, mount_tmp
     assert bench.names_and_counts(bench.only("queued")) == {"spring": 5}
 
 
+def test_a_drop_too_large_for_the_disk_does_not_hold_up_the_others(
+    make_bench, tmp_path: Path, mount_tmpfs
+) -> None:
+    """It waits, told of once, parked or claimed; what fits is taken in meanwhile."""
+    bench = make_bench(mount_tmpfs("disk", 1 << 20), tmp_path / "there")
+    for number in range(5):
+        bench.paint(bench.inbox / "dress" / f"{number}.png", size=(300, 300))
+    (message,) = bench.settle()
+    assert message.startswith("the disk is full")
+    bench.class_folder("hat")
+
+    assert bench.settle() == [
+        ".claimed-000001-dress is being taken in; leave it as it is until that is done",
+        "000002-hat is queued: 5 images of hat",
+    ]
+    assert bench.spool.ids("incoming") == ["000001-dress"]
+    assert bench.intake.waits == message
+
+
 def die_at(call: int) -> None:
     """From now on the process ends, without any clean-up, at the n-th durable step it takes."""
     left = [call]

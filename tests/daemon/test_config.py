@@ -105,9 +105,9 @@ def test_the_inbox_path_is_relative_to_the_file(tmp_path: Path) -> None:
 def test_a_file_asked_for_by_name_must_exist(tmp_path: Path) -> None:
     """A missing --config or DYNLORA_CONFIG is an error, never the defaults."""
     with pytest.raises(ConfigError, match=r"/nope.toml \(from --config\) is not a file"):
-        find_config(tmp_path, Path("/nope.toml"), {})
+        find_config(tmp_path, Path("/nope.toml"), environ={})
     with pytest.raises(ConfigError, match=r"/nope.toml \(from DYNLORA_CONFIG\) is not a file"):
-        find_config(tmp_path, None, {"DYNLORA_CONFIG": "/nope.toml"})
+        find_config(tmp_path, None, environ={"DYNLORA_CONFIG": "/nope.toml"})
 
 
 def test_the_first_place_that_has_a_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,11 +121,11 @@ def test_the_first_place_that_has_a_file_wins(tmp_path: Path, monkeypatch: pytes
         file.write_text("")
     environ = {"DYNLORA_CONFIG": str(files[1])}
 
-    assert find_config(home, files[0], environ) == files[0]
-    assert find_config(home, None, environ) == files[1]
-    assert find_config(home, None, {}) == files[2]
+    assert find_config(home, files[0], environ=environ) == files[0]
+    assert find_config(home, None, environ=environ) == files[1]
+    assert find_config(home, None, environ={}) == files[2]
     files[2].unlink()
-    assert find_config(home, None, {}) == files[3]
+    assert find_config(home, None, environ={}) == files[3]
     files[3].unlink()
-    assert find_config(home, None, {}) is None
+    assert find_config(home, None, environ={}) is None
     assert load_config(None, home) == Config()

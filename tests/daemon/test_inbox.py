@@ -97,7 +97,7 @@ def test_groups_come_in_order_of_arrival(bench) -> None:
         bench.class_folder("cat", under=bench.home / name)
         (bench.home / name).rename(bench.inbox / name)
     first = scan_inbox(bench.inbox, 0)
-    second = scan_inbox(bench.inbox, 60, first)
+    second = scan_inbox(bench.inbox, 60, previous=first)
 
     groups = ready_items(first, second, 60, CONFIG)
 
@@ -116,10 +116,10 @@ def test_quiet_time_is_carried_on_until_something_changes(bench) -> None:
         lambda: (folder / "3.png").rename(folder / "4.png"),
     ]
     for now, change in enumerate(changes, 1):
-        scan = scan_inbox(bench.inbox, now - 0.5, scan)
+        scan = scan_inbox(bench.inbox, now - 0.5, previous=scan)
         assert scan.items[0].quiet_since == now - 1
         change()
-        scan = scan_inbox(bench.inbox, now, scan)
+        scan = scan_inbox(bench.inbox, now, previous=scan)
         assert scan.items[0].quiet_since == now
 
 
@@ -136,13 +136,13 @@ def test_a_drop_that_was_left_behind_is_told_of_and_not_taken(bench) -> None:
     folder = bench.class_folder("it's mine")
     left = {"it's mine": tree_fingerprint(folder)}
 
-    scan = scan_inbox(bench.inbox, 0, None, left)
+    scan = scan_inbox(bench.inbox, 0, left_behind=left)
     assert scan.items == ()
     assert "is not learnt again" in scan.problems[0].sentence
     assert scan.problems[0].sentence.endswith(f"""rm -r '{bench.inbox}/it'"'"'s mine'""")
 
     bench.paint(folder / "more.png")
-    assert [i.name for i in scan_inbox(bench.inbox, 0, None, left).items] == ["it's mine"]
+    assert [i.name for i in scan_inbox(bench.inbox, 0, left_behind=left).items] == ["it's mine"]
 
 
 @pytest.mark.parametrize(

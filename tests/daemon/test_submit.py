@@ -170,7 +170,7 @@ def test_check_says_what_intake_does_and_moves_nothing(bench, tmp_path: Path, ki
     before = tree(tmp_path)
     known = Known(classes={"dress": KnownClass("Dress", "a {}")})
 
-    report = check(path, Config(), known)
+    report = check(path, Config(), known=known)
 
     assert report.is_accepted
     assert report.classes == {"Dress": 5}
