@@ -53,10 +53,14 @@ class Recovery:
 def plan_recovery(listing: Mapping[State, Mapping[str, Iterable[str]]]) -> Recovery:
     """A function of the listing alone: state → batch id → names in its directory."""
     remove = [
-        Path(state, name)
+        Path(state, name) for state, entries in listing.items() for name in entries if _is_leftover(name)
+    ]
+    remove += [
+        Path(state, name, inner)
         for state, entries in listing.items()
-        for name in entries
-        if name.startswith(".tmp-")
+        for name, names in entries.items()
+        for inner in names
+        if sequence(name) and _is_leftover(inner)
     ]
     incoming = {name: set(names) for name, names in listing.get("incoming", {}).items() if sequence(name)}
     # Nothing leaves the inbox before claim.json is on disk, so a directory without it holds nothing.
@@ -194,6 +198,10 @@ class Spool:
     def set_left_behind(self, left: Mapping[str, str]) -> None:
         """Replace the list of drops that were copied because they could not be moved."""
         atomic.write_json(self.root / "left.json", dict(left))
+
+
+def _is_leftover(name: str) -> bool:
+    return name.startswith(atomic.TEMPORARY_PREFIX)
 
 
 def _names(path: Path) -> list[str]:

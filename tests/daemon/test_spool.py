@@ -121,13 +121,19 @@ def test_recovery_is_a_function_of_the_listing() -> None:
                 ".tmp-x": [],
             },
             "queued": {"000004-d": ["batch.json"], ".tmp-left.json-1-2": []},
-            "work": {"000005-e": ["batch.json"]},
+            "work": {"000005-e": ["batch.json", ".tmp-batch.json-1-2"]},
         }
     )
 
     assert plan.resume == ["000001-a", "000002-b"]
     assert plan.interrupted == ["000005-e"]
-    assert set(map(str, plan.remove)) == {"incoming/000003-c", "incoming/.tmp-x", "queued/.tmp-left.json-1-2"}
+    assert {str(path) for path in plan.remove} == {
+        "incoming/.tmp-x",
+        "incoming/000003-c",
+        "incoming/000003-c/.tmp-claim.json",
+        "queued/.tmp-left.json-1-2",
+        "work/000005-e/.tmp-batch.json-1-2",
+    }
 
 
 def test_recovering_twice_is_recovering_once(spool: Spool) -> None:
