@@ -176,7 +176,9 @@ def _say_initialised(home: Path, architecture: str, count: int) -> None:
 def _say_outcomes(found: dict[str, Any], *, once: bool) -> None:
     for outcome in found["outcomes"]:
         click.echo(_outcome_line(outcome))
-    if once and not found["outcomes"]:
+    if found["signal"]:
+        click.echo(f"stopped by {found['signal']}; what was begun goes on at the next start")
+    elif once and not found["outcomes"]:
         pinned = "a version is pinned; batches wait for `dynlora unpin`"
         click.echo(pinned if found["pinned"] else "there was nothing to learn")
 

@@ -59,14 +59,17 @@ def missing_events(
     """Events that should be in the log and are not, as arguments for `EventLog.append`.
 
     A crash between an effect and its line loses the line. Every version and every batch that left work/ gets
-    the one event that says so; what the files do not say (when a batch was claimed, say) is not made up.
+    the one event that says so; what the files do not say (when a batch was claimed, say) is not made up. A
+    batch that is published but still in work/ is told when it is finished.
     """
+    batches = list(batches)
+    unfinished = {batch.id for state, batch in batches if state == "work"}
     seen = {(entry["event"], entry.get("batch"), entry.get("version")) for entry in known}
     told = {(event, batch) for event, batch, _ in seen}
     for manifest in manifests:
         batch_id = manifest.batch.id if manifest.batch else None
         event = "initialised" if manifest.kind == "initial" else "published"
-        if (event, batch_id, manifest.version) not in seen:
+        if (event, batch_id, manifest.version) not in seen and batch_id not in unfinished:
             yield {
                 "event": event,
                 "at": manifest.created_at,

@@ -153,7 +153,7 @@ def test_missing_events_are_exactly_what_the_files_say_and_the_log_does_not():
         {"event": "published", "batch": "000001-cups", "version": 1},
         {"event": "held", "batch": "000003-cups"},
     ]
-    manifests = [manifest(0), manifest(1, "000001-cups"), manifest(2, "000002-cups")]
+    published = [manifest(n, f"{n:06d}-cups") for n in (1, 2, 7)]
     batches = [
         ("done", batch(number=1)),
         ("done", batch(number=2)),
@@ -161,11 +161,12 @@ def test_missing_events_are_exactly_what_the_files_say_and_the_log_does_not():
         ("failed", batch(f"{FAILED}x", number=4)),
         ("done", batch(number=5, duplicate_of="000001-cups")),
         ("queued", batch(number=6)),
+        ("work", batch(None, number=7)),
     ]
 
     found = [
         (e["event"], e["batch"], e.get("version"), e["late"])
-        for e in missing_events(known, manifests, batches)
+        for e in missing_events(known, [manifest(0), *published], batches)
     ]
 
     assert found == [
