@@ -1,0 +1,88 @@
+"""Drop → live with nothing replaced by a stand-in."""
+
+import json
+import shutil
+
+from daemon.exams import load_exams
+from tests.e2e.conftest import IMAGES, asking, wait_until
+
+
+def test_two_batches_become_two_versions_that_verify(undisturbed):
+    """Each on top of the other, with the same graphs, and every file what its manifest says."""
+    manifests = [undisturbed.store.manifest(n) for n in undisturbed.store.versions()]
+    graphs = {(m.files["vision_model.onnx"].sha256, m.files["text_model.onnx"].sha256) for m in manifests}
+
+    assert [m.version for m in manifests] == [0, 1, 2]
+    assert len(graphs) == 1
+    assert len(set(undisturbed.weights().values())) == 3
+    assert [entry.batch for entry in manifests[2].lineage] == undisturbed.spool.ids("done")
+    assert undisturbed.dynlora("verify").returncode == 0
+    assert {exam.batch for _, exam in load_exams(undisturbed.path)} == set(undisturbed.spool.ids("done"))
+    second = manifests[2].metrics["exams"]
+    assert [row["batch"] for row in second] == undisturbed.spool.ids("done")[::-1]
+
+
+def test_the_program_answers_with_the_new_classes(undisturbed):
+    """`classes` lists what was dropped with its origin, and `classify` chooses among it."""
+    listed = json.loads(undisturbed.dynlora("classes", "--json").stdout)["classes"]
+    image = next((IMAGES / "heldout").rglob("*.jpg"))
+    answer = json.loads(undisturbed.dynlora("classify", image, "--json").stdout)
+
+    assert {entry["name"] for entry in listed} == {"shoes", "hat", "tomato", "carrot"}
+    assert {entry["batch"] for entry in listed} == set(undisturbed.spool.ids("done"))
+    assert answer["version"] == 2
+    assert {p["label"] for p in answer["images"][0]["predictions"]} == {"shoes", "hat", "tomato", "carrot"}
+
+
+def test_a_folder_copied_into_the_inbox_of_a_running_daemon_is_seen_by_a_client(e2e_home):
+    """No command at all: `cp -r`, and a client answers with the new version without a failed request."""
+    daemon = e2e_home.start(once=False)
+    try:
+        with asking(e2e_home) as (seen, errors):
+            shutil.copytree(IMAGES / "drop" / "clothing" / "shoes", e2e_home.path / "inbox" / "shoes")
+            wait_until(lambda: 1 in seen, why=e2e_home.log)
+    finally:
+        daemon.terminate()
+        daemon.wait(60)
+
+    assert (seen, errors) == ([0, 1], [])
+    assert daemon.returncode == 0
+
+
+def test_a_batch_that_gains_too_little_is_held_with_exit_code_3(e2e_home):
+    """Two steps teach nothing: held with delta and report, the live version stays, no number is used."""
+    e2e_home.configure(steps=2, min_gain=0.6)
+    e2e_home.submit("shoes", "hat", "pants")
+    done = e2e_home.dynlora("run", "--once", "--json", timeout=200)
+
+    [outcome] = json.loads(done.stdout)["outcomes"]
+    [batch_id] = e2e_home.spool.ids("held")
+    assert (done.returncode, outcome["event"]) == (3, "held"), done.stderr
+    assert "expected at least +60.0%" in outcome["why"]
+    assert e2e_home.store.versions() == [0]
+    assert (e2e_home.spool.path(batch_id) / "result" / "delta.safetensors").is_file()
+
+
+def test_init_says_what_is_wrong_with_a_model_name(e2e_home, tmp_path):
+    """One sentence from the worker, exit code 1, and the path can be used again."""
+    e2e_home.path = tmp_path / "other"
+    done = e2e_home.dynlora("init", tmp_path / "other", "--model", "no-such-model")
+
+    assert done.returncode == 1
+    assert "no-such-model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights_of_the_live_version_cut_short_stop_learning_with_the_batch_kept(e2e_home):
+    """The worker refuses to learn on a damaged parent; the batch ends in failed/ with the file named."""
+    weights = e2e_home.store.path(0) / "weights.safetensors"
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:
+        file.truncate(1_000_000)
+    e2e_home.submit("shoes")
+    done = e2e_home.dynlora("run", "--once", timeout=200)
+
+    assert done.returncode == 1
+    [batch_id] = e2e_home.spool.ids("failed")
+    assert "weights.safetensors" in e2e_home.spool.reason(batch_id).reason
+    assert len(list((e2e_home.spool.path(batch_id) / "images").rglob("*.jpg"))) == 35
