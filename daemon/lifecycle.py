@@ -15,14 +15,12 @@ from typing import Any
 from daemon import attempts, logs
 from daemon.batch import Batch
 from daemon.errors import BatchError, DaemonError
-from daemon.plan import CHECKPOINT_DIR
 from daemon.publish import Publisher
 from daemon.reception import known
 from daemon.recovery import next_step
 from daemon.spool import Reason
 from daemon.status import free_bytes, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_STOPPED, Worker, default_command
-from deploy import atomic
 from deploy.errors import DeployError, StoreError
 
 LOG_NAME = "worker.log"
@@ -202,14 +200,13 @@ class Lifecycle:
         if code == EXIT_STOPPED:
             self._spool.save(self._spool.load(job.batch).with_outcome(attempts.INTERRUPTED))
         elif code != EXIT_DONE:
-            error = job.worker.error or {}
-            # Killed from outside (out of memory, say) it goes on from its checkpoint; failing by itself, it
-            # would only fail there again.
-            if code > 0:
-                atomic.remove_tree(self._spool.state_dir("work") / job.batch / CHECKPOINT_DIR)
-            self._failed(
-                job.batch, job.worker.why_it_failed(code), now, retry=error.get("retry") is not False
-            )
+            error = job.worker.error
+            # Killed (out of memory, say) or stopped by a full disk, it goes on from its checkpoint. Failing
+            # without an explanation, it might only fail there again: it starts over.
+            if code > 0 and error is None:
+                self._publisher.discard_learning(job.batch)
+            retry = error is None or error.get("retry") is not False
+            self._failed(job.batch, job.worker.why_it_failed(code), now, retry=retry)
         elif self._publisher.look(job.batch).report_parent is None:
             self._failed(job.batch, "the worker ended well but left no readable report", now)
 

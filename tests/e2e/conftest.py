@@ -47,7 +47,7 @@ class Home:
         self.spool, self.store = Spool(path), VersionStore(path / "serving")
         self.configure()
 
-    def configure(self, *, steps=24, min_gain=0.0):
+    def configure(self, *, steps=16, min_gain=0.0):
         """Write the configuration."""
         (self.path / "config.toml").write_text(CONFIG.format(steps=steps, min_gain=min_gain))
 
