@@ -1,15 +1,17 @@
 """Homes with a real version 0, drops, and a service with a stand-in worker."""
 
+import functools
 import json
 import shutil
+import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from daemon import cli, loop
 from daemon.config import AttemptsConfig, Config, InboxConfig
 from daemon.home import create_home
 from daemon.lifecycle import Launch
@@ -17,8 +19,8 @@ from daemon.progress import LineView
 from daemon.service import Service
 from daemon.spool import Spool
 from deploy.store import VersionStore
+from tests.daemon.running.programs import STANDIN, start_daemon
 
-STANDIN = Path(__file__).with_name("standin_worker.py")
 QUICK = Config(
     inbox=InboxConfig(settle_seconds=0, gather_seconds=0, scan_seconds=0.05),
     attempts=AttemptsConfig(max=3, backoff_seconds=10),
@@ -110,3 +112,52 @@ def bench(home):
     bench.service.start()
     yield bench
     bench.service.stop(lambda: True)
+
+
+QUICK_TOML = "[inbox]\nsettle_seconds = 0.0\ngather_seconds = 0.0\nscan_seconds = 0.05\n[attempts]\nmax = 1\n"
+
+
+@pytest.fixture
+def quick_home(home):
+    """A home whose inbox is taken in at once."""
+    (home / "config.toml").write_text(QUICK_TOML)
+    return home
+
+
+@pytest.fixture
+def standin(monkeypatch):
+    """`run` in this process starts the stand-in worker."""
+    make = lambda *arguments: [sys.executable, str(STANDIN), *arguments]  # noqa: E731
+    monkeypatch.setattr(loop, "Launch", functools.partial(Launch, make_command=make))
+
+
+@pytest.fixture
+def dynlora(capsys, monkeypatch, tmp_path):
+    """Run a command in this process; its exit code, stdout and stderr."""
+    monkeypatch.delenv("DYNLORA_HOME", raising=False)
+    monkeypatch.delenv("DYNLORA_CONFIG", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def running(quick_home):
+    """A daemon of another process on the home, up and idle; asked to stop at the end."""
+    process = start_daemon(quick_home)
+    deadline = time.monotonic() + 30
+    while not (quick_home / "status.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    yield process
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
