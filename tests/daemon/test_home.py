@@ -1,0 +1,101 @@
+"""Homes are made once and recognised; the state that is told comes from their files."""
+
+import json
+
+import pytest
+
+from daemon.errors import ConfigError
+from daemon.home import check_home, create_home
+from daemon.retention import remove_leftovers
+from daemon.status import StatusFile, is_full_disk, snapshot
+
+
+def test_making_a_home_twice_harms_nothing(tmp_path):
+    """`init` that was cut short is simply run again."""
+    home = tmp_path / "a" / "home"
+    create_home(home)
+    (home / "inbox" / "cups").mkdir()
+    create_home(home)
+    check_home(home)
+
+    assert (home / "inbox" / "cups").is_dir()
+    assert {"inbox", "spool", "exams", "requests", "serving", "format"} <= {p.name for p in home.iterdir()}
+
+
+def test_a_file_in_the_way_is_told(tmp_path):
+    """Expected a directory, found a file."""
+    (tmp_path / "home").write_text("")
+
+    with pytest.raises(ConfigError, match="is a file; expected a directory"):
+        create_home(tmp_path / "home")
+
+
+def test_a_directory_that_is_no_home_is_told_with_what_to_do(tmp_path):
+    """Commands do not work in any directory that happens to be there."""
+    with pytest.raises(ConfigError, match="no dynlora home.*dynlora init"):
+        check_home(tmp_path)
+
+
+def test_a_home_of_another_release_is_left_alone(tmp_path):
+    """Neither used nor changed."""
+    create_home(tmp_path)
+    (tmp_path / "format").write_text("7\n")
+
+    for function in (check_home, create_home):
+        with pytest.raises(ConfigError, match="format '7', expected '1'"):
+            function(tmp_path)
+    assert (tmp_path / "format").read_text() == "7\n"
+
+
+def test_the_status_of_an_empty_home_says_what_is_missing(tmp_path):
+    """No daemon, no version, and what to do about it."""
+    create_home(tmp_path)
+    found = snapshot(tmp_path)
+
+    assert (found["daemon"], found["state"], found["live"]) == (None, "stopped", None)
+    assert "dynlora init" in found["live_error"]
+
+
+def test_the_status_file_is_written_four_times_a_second_at_most_while_steps_pass(tmp_path):
+    """Progress may be dropped; a change that matters is written at once."""
+    now = [0.0]
+    status = StatusFile(tmp_path, clock=lambda: now[0])
+    read = lambda: json.loads((tmp_path / "status.json").read_text())["step"]  # noqa: E731
+
+    status.write({"step": 1}, now_or_later=True)
+    status.write({"step": 2}, now_or_later=True)
+    assert read() == 1
+    status.write({"step": 3})
+    assert read() == 3
+    now[0] = 0.3
+    status.write({"step": 4}, now_or_later=True)
+    assert read() == 4
+
+
+def test_a_status_that_cannot_be_written_does_not_stop_the_daemon(tmp_path):
+    """It is a convenience; the directory is gone here, the disk might be full elsewhere."""
+    StatusFile(tmp_path / "gone").write({"step": 1})
+
+
+def test_a_full_disk_is_recognised_through_the_error_that_wraps_it():
+    """Publishing wraps the operating system's refusal in its own sentence."""
+    wrapped = RuntimeError("could not be published")
+    wrapped.__cause__ = OSError(28, "No space left on device")
+
+    assert is_full_disk(wrapped)
+    assert is_full_disk(OSError(122, "Disk quota exceeded"))
+    assert not is_full_disk(OSError(2, "No such file"))
+
+
+def test_leftovers_of_writes_cut_short_are_removed_at_start(tmp_path):
+    """Half-written files outside spool and store; requests that wait stay."""
+    create_home(tmp_path)
+    (tmp_path / ".tmp-status.json-1-2").write_text("{")
+    (tmp_path / "requests" / ".tmp-x").write_text("{")
+    (tmp_path / "exams" / ".tmp-000001-cups").mkdir()
+    (tmp_path / "requests" / "1-2-3.json").write_text("{}")
+
+    remove_leftovers(tmp_path)
+
+    assert not list(tmp_path.rglob(".tmp-*"))
+    assert (tmp_path / "requests" / "1-2-3.json").exists()
