@@ -86,9 +86,8 @@ def load_exams(home: Path) -> Iterator[tuple[Path, Exam]]:
         try:
             yield path.parent, Exam.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise BatchError(
-                f"{path} cannot be read: {error}; restore it, or remove {path.parent}"
-            ) from error
+            why = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
+            raise BatchError(f"{path} cannot be read: {why}; restore it, or remove {path.parent}") from error
 
 
 def _capped(images: list[BatchImage], limit: int) -> list[BatchImage]:

@@ -32,7 +32,7 @@ def test_a_file_in_the_way_is_told(tmp_path):
 
 def test_a_directory_that_is_no_home_is_told_with_what_to_do(tmp_path):
     """Commands do not work in any directory that happens to be there."""
-    with pytest.raises(ConfigError, match="no dynlora home.*dynlora init"):
+    with pytest.raises(ConfigError, match=r"no dynlora home.*dynlora init"):
         check_home(tmp_path)
 
 
