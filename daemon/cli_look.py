@@ -158,7 +158,7 @@ def _say_versions(rows: list[dict[str, Any]]) -> None:
                 row["batch"] or "–",
                 percent(row["exam_before"]),
                 percent(row["exam_after"]),
-                row["created_at"],
+                row["created_at"][:16].replace("T", " "),
                 marks(row),
             ]
             for row in rows

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,9 @@ def table(headers: list[str], rows: list[list[str]]) -> None:
         grid.add_column(header, overflow="fold")
     for row in rows:
         grid.add_row(*row)
-    Console(highlight=False, markup=False).print(grid)
+    # In a pipe nobody sees a width: cells are for grep then, and not to be folded.
+    width = None if sys.stdout.isatty() else 240
+    Console(highlight=False, markup=False, width=width).print(grid)
 
 
 def percent(value: Any) -> str:

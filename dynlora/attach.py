@@ -4,7 +4,7 @@ Covered: open_clip's native transformer towers (fused in_proj, LayerNorm blocks)
 Not covered: timm and ResNet vision towers, Hugging Face text towers: refused by name.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -108,19 +108,6 @@ def _wrap(block: nn.Module, prefix: str, place: tuple[str, int], rank: int) -> l
         )
     ]
     return fused + whole
-
-
-@contextmanager
-def switched_off(loras: Iterable[LoRA]) -> Iterator[None]:
-    """Inside, the model computes as it did before learning."""
-    loras = list(loras)
-    for lora in loras:
-        lora.is_on = False
-    try:
-        yield
-    finally:
-        for lora in loras:
-            lora.is_on = True
 
 
 def reset(sites: list[Site], *, seed: int, random_importance: bool) -> None:

@@ -5,6 +5,7 @@ what a real image can have. Nothing here needs, or keeps, an image of another ta
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +13,51 @@ from torch import Tensor
 
 _NOISE_GRIDS = ((2, 1.0), (4, 0.7), (8, 0.5), (16, 0.35), (32, 0.25))  # cells a side, weight: coarse to fine
 _TILES = 4  # a side, of the jigsaw
+_RANGE = 3.7  # from black to white, in standard deviations of the usual normalisation
 
 
-def views(pixels: Tensor, generator: torch.Generator, *, min_area: float, jitter: float) -> Tensor:
-    """One random crop (area share in [min_area, 1], aspect within ±20 %), flip, contrast and brightness."""
-    n = len(pixels)
-    area = _uniform(n, generator, min_area, 1.0)
-    aspect = torch.exp(_uniform(n, generator, -0.2, 0.2))
+@dataclass(frozen=True)
+class Views:
+    """V ways to look at each of N images, drawn once, so that the previous model is asked about them once.
+
+    theta: (V, N, 2, 3) affine maps; contrast, brightness: (V, N).
+    """
+
+    theta: Tensor
+    contrast: Tensor
+    brightness: Tensor
+
+    def render(self, pixels: Tensor, image: Tensor, view: Tensor) -> Tensor:
+        """View number `view` of image number `image`, (B,) each, out of all `pixels` → (B, 3, H, W)."""
+        chosen = pixels[image]
+        grid = F.affine_grid(self.theta[view, image], list(chosen.shape), align_corners=False)
+        cropped = F.grid_sample(chosen, grid, padding_mode="reflection", align_corners=False)
+        mean = cropped.mean((1, 2, 3), keepdim=True)
+        contrast, brightness = (
+            values[view, image].view(-1, 1, 1, 1) for values in (self.contrast, self.brightness)
+        )
+        return _within(chosen, (cropped - mean) * contrast + mean + brightness)
+
+
+def draw_views(
+    images: int, views: int, generator: torch.Generator, *, min_area: float, jitter: float
+) -> Views:
+    """Random crops (area share in [min_area, 1], aspect within ±20 %), flips, contrasts and brightnesses.
+
+    Args:
+        jitter: of contrast (twice) and brightness, as a share of the full range.
+    """
+    shape = (views, images)
+    area = _uniform(shape, generator, min_area, 1.0)
+    aspect = torch.exp(_uniform(shape, generator, -0.2, 0.2))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0] = width * torch.where(_uniform(n, generator, 0, 1) < 0.5, -1.0, 1.0)
-    theta[:, 0, 2] = _uniform(n, generator, -1, 1) * (1 - width)
-    theta[:, 1, 1] = height
-    theta[:, 1, 2] = _uniform(n, generator, -1, 1) * (1 - height)
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-    cropped = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    if jitter == 0:
-        return cropped
-    contrast = _uniform(n, generator, 1 - 2 * jitter, 1 + 2 * jitter).view(n, 1, 1, 1)
-    # A brightness step of `jitter` of the full range, which is about 3.7 standard deviations wide.
-    brightness = _uniform(n, generator, -3.7 * jitter, 3.7 * jitter).view(n, 1, 1, 1)
-    mean = cropped.mean((1, 2, 3), keepdim=True)
-    return _within(pixels, (cropped - mean) * contrast + mean + brightness)
+    theta = torch.zeros(*shape, 2, 3)
+    theta[..., 0, 0] = width * torch.where(_uniform(shape, generator, 0, 1) < 0.5, -1.0, 1.0)
+    theta[..., 0, 2] = _uniform(shape, generator, -1, 1) * (1 - width)
+    theta[..., 1, 1] = height
+    theta[..., 1, 2] = _uniform(shape, generator, -1, 1) * (1 - height)
+    contrast = _uniform(shape, generator, 1 - 2 * jitter, 1 + 2 * jitter)
+    return Views(theta, contrast, _uniform(shape, generator, -_RANGE * jitter, _RANGE * jitter))
 
 
 def stand_ins(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -105,5 +129,5 @@ def _within(real: Tensor, images: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(images, low), high)
 
 
-def _uniform(n: int, generator: torch.Generator, low: float, high: float) -> Tensor:
-    return low + (high - low) * torch.rand(n, generator=generator)
+def _uniform(shape: tuple[int, ...], generator: torch.Generator, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator)

@@ -17,7 +17,7 @@ from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.errors import Interrupted
 from dynlora.objectives import Objective, build_objective
-from dynlora.rank import kappa_at, prune, soft_threshold
+from dynlora.rank import prune, soft_threshold
 from dynlora.settings import Settings
 from dynlora.task import Task
 
@@ -105,6 +105,7 @@ class _Run:
     ) -> None:
         self.sites, self.objective, self.settings = sites, objective, settings
         self.steps, self.seed = steps, seed
+        self.schedule = settings.schedule_for(steps)
         self.step = 0
         self.loss = math.nan
         self.importances: list[Tensor] = [site.lora.importance for site in sites]
@@ -138,26 +139,28 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective.loss(self.step)
         loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            alive = torch.cat(self.importances) != 0
         self.optimizer.step()
-        self._threshold()
+        if self.schedule.is_settling(self.step):
+            with torch.no_grad():
+                self._set_gates(torch.cat(self.importances) * alive)
+        else:
+            self._threshold()
         self.step += 1
         self.loss = float(loss.detach())
 
     def _threshold(self) -> None:
-        s = self.settings
-        kappa = kappa_at(
-            self.step,
-            steps=self.steps,
-            dense_fraction=s.dense_fraction,
-            kappa_max=s.kappa_max,
-            levels=s.kappa_levels,
-        )
+        kappa = self.schedule.kappa(self.step)
         if kappa == 0:
             return
         with torch.no_grad():  # all gates in one go: the proximal step of λ‖w‖₁
-            gates = soft_threshold(torch.cat(self.importances), kappa, operator=s.threshold)
-            for importance, gate in zip(self.importances, torch.split(gates, s.rank), strict=True):
-                importance.copy_(gate)
+            gates = soft_threshold(torch.cat(self.importances), kappa, operator=self.settings.threshold)
+            self._set_gates(gates)
+
+    def _set_gates(self, gates: Tensor) -> None:
+        for importance, gate in zip(self.importances, torch.split(gates, self.settings.rank), strict=True):
+            importance.copy_(gate)
 
     def _kept_rank(self) -> float:
         with torch.no_grad():

@@ -16,7 +16,6 @@ class LoRA(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
-        self.is_on = True  # off: the layers around it compute as if it were not there
         self.lora_A = nn.Parameter(torch.empty(rank, in_features))  # (r, in)
         self.lora_B = nn.Parameter(torch.empty(out_features, rank))  # (out, r)
         self.importance = nn.Parameter(torch.empty(rank))  # (r,)
@@ -56,8 +55,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        y = F.linear(x, self.base.weight, self.base.bias)
-        return y + self.lora(x) if self.lora.is_on else y
+        update: Tensor = self.lora(x)
+        return F.linear(x, self.base.weight, self.base.bias) + update
 
 
 class LoRAAttention(nn.Module):
@@ -86,8 +85,7 @@ class LoRAAttention(nn.Module):
         assert query is key and key is value and not need_weights, "self-attention only"
         x = query
         fused = F.linear(x, self.base.in_proj_weight, self.base.in_proj_bias)  # (B, L, 3D)
-        if self.q.is_on:
-            fused = fused + torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+        fused = fused + torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
         q, k, v = (self._split_heads(part) for part in fused.chunk(3, dim=-1))  # (B, heads, L, D / heads)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))

@@ -3,7 +3,8 @@
 Knows nothing of models or optimisers. Equations are those of CoDyRA, arXiv 2412.01004, section 3.
 """
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -31,17 +32,44 @@ def soft_threshold(importance: Tensor, kappa: float, *, operator: Operator = "pa
     return shrunk
 
 
-def kappa_at(step: int, *, steps: int, dense_fraction: float, kappa_max: float, levels: int = 50) -> float:
-    """The threshold applied after `step` (counted from 0) of `steps`.
+@dataclass(frozen=True)
+class Schedule:
+    """When gates are thresholded, and by how much: dense steps, a ramp, and steps in which the rest settles.
 
-    0 through the dense phase, then `levels` equal stairs from 0 to `kappa_max` over the rest.
+    Attributes:
+        steps: in all.
+        dense_fraction, settle_fraction: shares of them without any threshold, at the start and at the end.
+        kappa_max: the threshold at the end of the ramp, which rises to it in `levels` equal stairs from 0.
     """
-    dense_steps = int(steps * dense_fraction)
-    sparse_steps = steps - dense_steps
-    if step < dense_steps or sparse_steps <= 0 or levels < 2:
-        return 0.0
-    stair = min((step - dense_steps) * levels // sparse_steps, levels - 1)
-    return kappa_max * stair / (levels - 1)
+
+    steps: int
+    dense_fraction: float
+    kappa_max: float
+    levels: int = 50
+    settle_fraction: float = 0.0
+
+    @property
+    def ramp(self) -> range:
+        """The steps, counted from 0, after which gates are thresholded."""
+        last = self.steps - int(self.steps * self.settle_fraction)
+        return range(int(self.steps * self.dense_fraction), last)
+
+    def kappa(self, step: int) -> float:
+        """The threshold applied after `step`; 0 outside of the ramp."""
+        if step not in self.ramp or self.levels < 2:
+            return 0.0
+        stair = min((step - self.ramp.start) * self.levels // len(self.ramp), self.levels - 1)
+        return self.kappa_max * stair / (self.levels - 1)
+
+    def is_settling(self, step: int) -> bool:
+        """After the ramp: what is left goes on learning, and what is dead stays dead."""
+        return step >= self.ramp.stop
+
+    def with_total(self, total: float) -> Self:
+        """The same with `kappa_max` such that all thresholds add up to `total`."""
+        unit = replace(self, kappa_max=1.0)
+        whole = sum(unit.kappa(step) for step in self.ramp)
+        return replace(self, kappa_max=total / whole if whole else 0.0)
 
 
 def prune(lora_b: Tensor, lora_a: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

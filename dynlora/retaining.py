@@ -8,6 +8,7 @@ ones), as text only, and at stand-in images made out of the batch's own: no imag
     rise        each image's own class above all other names, which do not move: softplus(lse(others) − own)
     hold        text embeddings of known and bank names stay where the previous model had them
     apart       a new name comes no closer to other names than the previous model had it
+    aloof       nor to stand-in images: it rises on its own images, not on everything
     look        embeddings of the batch's images, and of stand-ins, stay near the previous model's
 
 Shapes: B images of a step, C classes of the task, K known names, S names in all, D embedding width.
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynlora import attach, augment, prompts
+from dynlora import augment, prompts
 from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.names import same_name_key
@@ -28,7 +29,9 @@ from dynlora.sampling import BatchSampler, generator_for
 from dynlora.settings import Settings
 from dynlora.task import Name, Task
 
-_ENCODE_AT_ONCE = 256  # prompts; bounds memory while the previous model's texts are computed
+# Bound the memory while the previous model is asked.
+_PROMPTS_AT_ONCE = 256
+_IMAGES_AT_ONCE = 64
 
 
 class RetainingObjective:
@@ -42,11 +45,10 @@ class RetainingObjective:
         self.before = self._encode_all()  # (S, D), by the model as it is before learning
         self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
         self.batches = BatchSampler(len(task.labels), settings.batch_size, seed=seed)
-        self.loras: list[Any] = []
+        self._draw_images(generator_for(seed, -1))
 
     def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
         """Towers at their own pace, gates at a multiple of it."""
-        self.loras = [site.lora for site in sites]
         s = self.settings
         paces = {"vision": s.vision_learning_rate or s.learning_rate, "text": s.learning_rate}
         groups = []
@@ -59,17 +61,15 @@ class RetainingObjective:
         return groups
 
     def loss(self, step: int) -> Tensor:
-        """The weighted sum of the five terms."""
-        s, generator = self.settings, generator_for(self.seed, -1 - step)
-        index = self.batches.at(step)
-        labels = self.task.labels[index]
-        pixels = augment.views(
-            self.task.pixels[index], generator, min_area=s.crop_min_area, jitter=s.colour_jitter
-        )
-        pixels = torch.cat([pixels, augment.stand_ins(pixels, s.stand_ins, generator)])
-        with attach.switched_off(self.loras), torch.no_grad():
-            images_before = self._encode_images(pixels)
+        """The weighted sum of the terms."""
+        s, generator = self.settings, generator_for(self.seed, -2 - step)
+        image = self.batches.at(step)
+        labels = self.task.labels[image]
+        view = torch.randint(s.views, image.shape, generator=generator)
+        other = torch.randperm(len(self.stand_ins), generator=generator)[: s.stand_ins_per_step]
+        pixels = torch.cat([self.views.render(self.task.pixels, image, view), self.stand_ins[other]])
         images = self._encode_images(pixels)  # (B + stand-ins, D)
+        images_before = torch.cat([self.seen_before[view, image], self.stand_ins_before[other]])
         chosen = self._choose_names(generator)  # (own + others,), own first
         texts = prompts.encode_text(self.model, self.prompts.rows(chosen))
         own, held = texts[: self.own], texts[self.own :]
@@ -80,6 +80,7 @@ class RetainingObjective:
             loss = loss + F.cross_entropy(self.scale * of_batch @ own.T, labels)
         loss = loss + s.hold * self._moved(held, held_before)
         loss = loss + s.apart * self._closer(own, held_before)
+        loss = loss + s.aloof * self._closer(own, self.stand_ins_before)
         return loss + s.look * self._moved(images, images_before)
 
     def choose_scale(self, sites: list[Site]) -> float:  # noqa: ARG002 - part of the protocol
@@ -93,7 +94,7 @@ class RetainingObjective:
         return F.softplus(highest + self.settings.margin - logits).mean()
 
     def _closer(self, own: Tensor, others_before: Tensor) -> Tensor:
-        """Squared growth of the new names' cosines to other names, summed over those, (C, D) and (N, D)."""
+        """Squared growth of the new names' cosines to other names or images; (C, D), (N, D)."""
         before = self.before[: self.own] @ others_before.T
         growth = F.relu(own @ others_before.T - before.clamp(min=0))
         return growth.square().sum(-1).mean()
@@ -110,16 +111,41 @@ class RetainingObjective:
         bank = torch.randperm(total - self.own - self.known, generator=generator)[: s.names_per_step]
         return torch.cat([torch.arange(self.own), known, bank + self.own + self.known])
 
+    def _draw_images(self, generator: torch.Generator) -> None:
+        """Draw all views and stand-ins, and keep what the previous model sees in them."""
+        s, pixels = self.settings, self.task.pixels
+        self.views = augment.draw_views(
+            len(pixels), s.views, generator, min_area=s.crop_min_area, jitter=s.colour_jitter
+        )
+        self.stand_ins = augment.stand_ins(pixels, s.stand_ins, generator)
+        everyone = torch.split(torch.arange(len(pixels)), _IMAGES_AT_ONCE)
+        with torch.no_grad():
+            self.seen_before = torch.stack(  # (V, N, D)
+                [torch.cat([self._view_before(part, view) for part in everyone]) for view in range(s.views)]
+            )
+            self.stand_ins_before = torch.cat(
+                [self._encode_images(part) for part in torch.split(self.stand_ins, _IMAGES_AT_ONCE)]
+            )
+
+    def _view_before(self, image: Tensor, view: int) -> Tensor:
+        pixels = self.views.render(self.task.pixels, image, torch.full_like(image, view))
+        return self._encode_images(pixels)
+
     def _encode_images(self, pixels: Tensor) -> Tensor:
         return F.normalize(self.model.visual(pixels), dim=-1)  # type: ignore[operator]
 
     def _encode_all(self) -> Tensor:
-        rows = torch.split(torch.arange(len(self.prompts)), _ENCODE_AT_ONCE)
+        rows = torch.split(torch.arange(len(self.prompts)), _PROMPTS_AT_ONCE)
         with torch.no_grad():
             return torch.cat([prompts.encode_text(self.model, self.prompts.rows(part)) for part in rows])
 
 
 def _bank(task: Task) -> list[Name]:
-    """The everyday names that are neither in the batch nor known."""
-    taken = {same_name_key(n.name) for n in (*task.classes, *task.known)}
-    return [Name(name) for name in prompts.generic_names() if same_name_key(name) not in taken]
+    """The everyday names that are neither in the batch nor known, in the singular or the plural."""
+    taken = {_singular(n.name) for n in (*task.classes, *task.known)}
+    return [Name(name) for name in prompts.generic_names() if _singular(name) not in taken]
+
+
+def _singular(name: str) -> str:
+    """Enough of a singular that `shoes` need not rise above `shoe`."""
+    return same_name_key(name).removesuffix("s")

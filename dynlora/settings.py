@@ -1,10 +1,11 @@
 """How to learn: one settings object, two presets."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 from dynlora.errors import DynloraError
-from dynlora.rank import Operator
+from dynlora.rank import Operator, Schedule
 
 
 class SettingsError(DynloraError):
@@ -25,6 +26,8 @@ class Settings:
     dense_fraction: float = 0.5  # share of the steps before any thresholding
     kappa_max: float = 0.005  # threshold at the end of the ramp
     kappa_levels: int = 50  # stairs of the ramp
+    kappa_total: float | None = None  # sum of all thresholds, instead of kappa_max: for any number of steps
+    settle_fraction: float = 0.0  # share of the steps after the ramp, in which what survived goes on learning
     threshold: Operator = "paper"
     random_importance: bool = True  # gates start at N(0, 1) as published, else all at 1
 
@@ -33,11 +36,14 @@ class Settings:
     gate_learning_rate_factor: float = 1.0  # gates learn so many times faster than lora_A and lora_B
     rise: float = 1.0
     margin: float = 0.0  # logits a new class is to stand above all others
-    hold: float = 50.0
-    apart: float = 100.0
+    hold: float = 100.0
+    apart: float = 10.0
+    aloof: float = 2.0
     look: float = 20.0
     names_per_step: int = 128  # known names, and bank names, looked at in a step
-    stand_ins: int = 16  # images a step
+    views: int = 4  # crops of each image, drawn once
+    stand_ins: int = 64  # drawn once
+    stand_ins_per_step: int = 8
     crop_min_area: float = 0.6  # share of the image that a random crop keeps at least
     colour_jitter: float = 0.1  # of contrast and brightness
 
@@ -49,8 +55,12 @@ class Settings:
             raise SettingsError(
                 f"steps is {self.steps}; expected at least 1, or none to choose from the data"
             )
-        if not 0 <= self.dense_fraction <= 1:
-            raise SettingsError(f"dense_fraction is {self.dense_fraction}; expected a share between 0 and 1")
+        shares = (self.dense_fraction, self.settle_fraction)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise SettingsError(
+                f"dense_fraction is {shares[0]} and settle_fraction {shares[1]}; "
+                "expected shares of the steps that add up to at most 1"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """For plans and manifests; `from_dict` takes it back."""
@@ -76,18 +86,27 @@ class Settings:
         """The number of steps for a task of `images` training images."""
         if self.steps is not None:
             return self.steps
-        return max(100, min(500, 2 * images))
+        return max(60, min(500, round(12 * math.sqrt(images))))
+
+    def schedule_for(self, steps: int) -> Schedule:
+        """When and how much to threshold in a task of `steps` steps."""
+        schedule = Schedule(
+            steps, self.dense_fraction, self.kappa_max, self.kappa_levels, self.settle_fraction
+        )
+        return schedule if self.kappa_total is None else schedule.with_total(self.kappa_total)
 
 
 PAPER = Settings()
 DEFAULT = Settings(
     objective="default",
     steps=None,
-    batch_size=32,
+    batch_size=24,
     learning_rate=2e-3,
-    vision_learning_rate=5e-4,
+    vision_learning_rate=2e-4,
     betas=(0.9, 0.999),
-    random_importance=False,
+    kappa_total=0.6,
+    dense_fraction=0.4,
+    settle_fraction=0.3,
 )
 
 

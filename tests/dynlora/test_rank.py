@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from dynlora.rank import kappa_at, prune, soft_threshold
+from dynlora.rank import Schedule, prune, soft_threshold
 
 numbers = st.floats(-10, 10, width=32)
 kappas = st.floats(0, 2, width=32)
@@ -29,25 +29,36 @@ def test_the_reference_operator_has_a_dead_zone_twice_as_wide():
 
 def test_the_published_ramp_adds_up_to_the_shrinkage_the_method_predicts():
     """500 steps, half of them dense, 50 stairs to 0.005: 0 first, 0.005 last, 0.625 in all."""
-    ramp = [kappa_at(step, steps=500, dense_fraction=0.5, kappa_max=0.005) for step in range(500)]
+    schedule = Schedule(500, dense_fraction=0.5, kappa_max=0.005)
+    ramp = [schedule.kappa(step) for step in range(500)]
 
     assert ramp[:250] == [0.0] * 250
     assert ramp == sorted(ramp)
     assert ramp[-1] == pytest.approx(0.005)
     assert len(set(ramp)) == 50
     assert sum(ramp) == pytest.approx(0.625)
+    assert not any(schedule.is_settling(step) for step in range(500))
 
 
-@given(st.integers(1, 300), st.floats(0, 1), st.integers(1, 60))
-def test_the_ramp_never_falls_and_never_passes_its_maximum(steps, dense, levels):
-    """Whatever the length, the threshold rises within [0, κ_max]."""
-    ramp = [
-        kappa_at(step, steps=steps, dense_fraction=dense, kappa_max=0.1, levels=levels)
-        for step in range(steps)
-    ]
+@given(st.integers(1, 300), st.floats(0, 0.5), st.floats(0, 0.5), st.integers(1, 60))
+def test_the_ramp_never_falls_never_passes_its_maximum_and_ends_before_settling(steps, dense, settle, levels):
+    """Whatever the length: 0 while dense, rising within [0, κ_max], 0 while settling."""
+    schedule = Schedule(steps, dense, 0.1, levels, settle)
+    ramp = [schedule.kappa(step) for step in schedule.ramp]
 
     assert ramp == sorted(ramp)
     assert all(0 <= kappa <= 0.1 + 1e-12 for kappa in ramp)
+    for step in range(steps):
+        assert step in schedule.ramp or schedule.kappa(step) == 0
+        assert schedule.is_settling(step) == (step >= schedule.ramp.stop)
+
+
+@given(st.integers(10, 600), st.floats(0.01, 2))
+def test_the_thresholds_add_up_to_the_total_for_any_number_of_steps(steps, total):
+    """So that a batch of any size prunes alike."""
+    schedule = Schedule(steps, dense_fraction=0.4, kappa_max=9.9, settle_fraction=0.3).with_total(total)
+
+    assert sum(schedule.kappa(step) for step in range(steps)) == pytest.approx(total)
 
 
 @given(st.lists(st.sampled_from([0.0, -1.5, 0.25]), min_size=1, max_size=8))

@@ -1,0 +1,142 @@
+"""The default objective on the bundled CLIP and real images: one class alone learns, the rest stays."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deploy.preprocess import Preprocessing, decode_image
+from dynlora import augment, prompts
+from dynlora.clip import load_clip
+from dynlora.errors import Interrupted
+from dynlora.learner import Hooks, adapt
+from dynlora.retaining import RetainingObjective
+from dynlora.sampling import generator_for
+from dynlora.settings import DEFAULT
+from dynlora.task import Name, Task
+
+IMAGES = Path(__file__).parents[2] / "examples" / "demo" / "images"
+SHORT = DEFAULT.with_overrides(
+    steps=10, batch_size=6, rank=4, stand_ins=6, stand_ins_per_step=2, names_per_step=8
+)
+
+
+def pixels_of(clip, folder):
+    """Every image of a class folder, preprocessed: (N, 3, 64, 64)."""
+    preprocessing = Preprocessing.from_open_clip_cfg(clip.preprocess_cfg)
+    images = [decode_image(path) for path in sorted(folder.iterdir())]
+    return torch.from_numpy(preprocessing(images))
+
+
+def task_of(clip, names, known=()):
+    """A task out of the sample classes."""
+    pixels = [pixels_of(clip, IMAGES / "drop" / "clothing" / name) for name in names]
+    labels = torch.from_numpy(np.repeat(np.arange(len(names)), [len(p) for p in pixels]))
+    return Task([Name(n) for n in names], torch.cat(pixels), labels, known=[Name(k) for k in known])
+
+
+def merge(clip, adaptation):
+    """Add the update to the model, independently of the product's fold."""
+    state = clip.model.state_dict()
+    with torch.no_grad():
+        for f in adaptation.factors:
+            state[f.key][f.row_start : f.row_stop] += f.delta()
+
+
+def accuracy(clip, names, union):
+    """Share of the held-out images of `names` recognised among `union`, per name."""
+    with torch.no_grad():
+        texts = prompts.encode_text(clip.model, prompts.tokenize(clip, union))
+        shares = {}
+        for name in names:
+            pixels = pixels_of(clip, IMAGES / "heldout" / "clothing" / name)
+            answers = (F.normalize(clip.model.visual(pixels), dim=-1) @ texts.T).argmax(1)
+            shares[name] = float((answers == union.index(name)).float().mean())
+    return shares
+
+
+def test_one_class_dropped_alone_is_recognised_among_all_known_names_and_the_old_ones_stay():
+    """Four classes first, then shoes alone: no image of the four is seen again."""
+    clip = load_clip()
+    old = ["dress", "hat", "pants", "t-shirt"]
+    union = [*old, "shoes"]
+    merge(clip, adapt(clip, task_of(clip, old), DEFAULT, seed=0))
+    before, new_before = accuracy(clip, old, union), accuracy(clip, ["shoes"], union)["shoes"]
+    merge(clip, adapt(clip, task_of(clip, ["shoes"], known=old), DEFAULT, seed=1))
+    after, new_after = accuracy(clip, old, union), accuracy(clip, ["shoes"], union)["shoes"]
+    mean_before, mean_after = (sum(shares.values()) / len(old) for shares in (before, after))
+    print(f"shoes {new_before:.2f} → {new_after:.2f}; old {mean_before:.2f} → {mean_after:.2f}")
+    print(f"{before} → {after}")
+
+    assert new_after >= 0.5
+    assert new_after >= new_before + 0.25
+    assert mean_after >= mean_before - 0.1
+
+
+def test_the_published_loss_teaches_nothing_from_one_class_alone():
+    """Why there is a default preset: over one class its image→text part is 0 by definition."""
+    from dynlora.objectives import PublishedObjective
+    from dynlora.settings import PAPER
+
+    clip = load_clip()
+    objective = PublishedObjective(clip, task_of(clip, ["shoes"]), PAPER, seed=0)
+    with torch.no_grad():
+        logits = torch.zeros(4, 1)
+        assert F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64)) == 0
+        assert torch.isfinite(objective.loss(0))
+
+
+def test_a_run_stopped_and_resumed_ends_with_the_same_bits():
+    """Views, stand-ins and names of every step follow from the seed."""
+    clip = load_clip()
+    task = task_of(clip, ["shoes", "hat"], known=["dog", "lemon"])
+    whole = adapt(clip, task, SHORT, seed=5)
+    saved = []
+    with pytest.raises(Interrupted):
+        adapt(clip, task, SHORT, seed=5, hooks=Hooks(should_stop=lambda: True, save=saved.append))
+    resumed = adapt(clip, task, SHORT, seed=5, hooks=Hooks(resume_from=saved[0]))
+
+    assert len(whole.factors) == len(resumed.factors) > 0
+    for one, other in zip(whole.factors, resumed.factors, strict=True):
+        assert torch.equal(one.delta(), other.delta())
+
+
+def test_names_of_the_batch_are_never_among_those_it_must_rise_above():
+    """Known names and the bank leave out the batch's own, whatever the spelling."""
+    clip = load_clip()
+    task = task_of(clip, ["shoes", "hat"], known=["Dog"])
+    task = dataclasses.replace(task, classes=[Name("boots"), Name("CAP")])
+    names = prompts.generic_names()
+
+    assert {"boot", "cap", "dog"} < set(names)
+    assert len(RetainingObjective(clip, task, SHORT, seed=0).prompts) == 2 + 1 + len(names) - 3
+
+
+def test_before_the_first_step_nothing_has_moved():
+    """hold, apart and look are 0 at ΔW = 0: what is left is what there is to learn."""
+    clip = load_clip()
+    free = SHORT.with_overrides(hold=0.0, apart=0.0, look=0.0)
+    task = task_of(clip, ["shoes", "hat"], known=["dog"])
+    with torch.no_grad():
+        held = RetainingObjective(clip, task, SHORT, seed=0).loss(0)
+        loose = RetainingObjective(clip, task, free, seed=0).loss(0)
+
+    assert abs(held - loose) < 1e-3
+
+
+def test_views_and_stand_ins_stay_within_the_range_of_real_pixels():
+    """And a full crop without jitter is the image or its mirror image."""
+    clip = load_clip()
+    pixels = pixels_of(clip, IMAGES / "heldout" / "clothing" / "hat")
+    everyone = torch.arange(len(pixels))
+    plain = augment.draw_views(len(pixels), 2, generator_for(0, 0), min_area=0.5, jitter=0.2)
+    for images in (
+        plain.render(pixels, everyone, torch.ones_like(everyone)),
+        augment.stand_ins(pixels, 50, generator_for(0, 1)),
+    ):
+        assert images.shape[1:] == pixels.shape[1:]
+        assert images.min() >= pixels.min() - 1e-5
+        assert images.max() <= pixels.max() + 1e-5
