@@ -86,8 +86,11 @@ class Lifecycle:
         if job is None:
             return
         for message in job.worker.messages():
-            if message["event"] in ("phase", "step"):
-                job.progress |= {key: value for key, value in message.items() if key != "event"}
+            fields = {key: value for key, value in message.items() if key != "event"}
+            if message["event"] == "phase":
+                job.progress = fields  # the steps of the phase before mean nothing in this one
+            elif message["event"] == "step":
+                job.progress |= fields
         code = job.worker.poll()
         if code is not None:
             self._job = None

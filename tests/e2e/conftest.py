@@ -19,7 +19,8 @@ from deploy.store import VersionStore
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "examples" / "demo" / "images"
 DYNLORA = [sys.executable, "-m", "daemon.cli"]
-# Few steps: whether it learns well is tested elsewhere. Exams never hold here unless a test asks for it.
+# Few steps: whether it learns well is tested elsewhere. Under 20 exam images a batch is never held for too
+# small a gain; a test that wants that asks for more.
 CONFIG = """
 [inbox]
 settle_seconds = 0.1
@@ -30,7 +31,7 @@ steps = {steps}
 threads = 1
 checkpoint_seconds = 0.3
 [exam]
-fraction = 0.5
+fraction = {exam}
 min_gain = {min_gain}
 alpha = 1e-9
 [attempts]
@@ -47,9 +48,9 @@ class Home:
         self.spool, self.store = Spool(path), VersionStore(path / "serving")
         self.configure()
 
-    def configure(self, *, steps=16, min_gain=0.0):
+    def configure(self, *, steps=16, min_gain=0.0, exam=0.2):
         """Write the configuration."""
-        (self.path / "config.toml").write_text(CONFIG.format(steps=steps, min_gain=min_gain))
+        (self.path / "config.toml").write_text(CONFIG.format(steps=steps, min_gain=min_gain, exam=exam))
 
     def dynlora(self, *arguments, timeout=120):
         """Run one command to its end."""

@@ -51,7 +51,7 @@ def test_a_folder_copied_into_the_inbox_of_a_running_daemon_is_seen_by_a_client(
 
 def test_a_batch_that_gains_too_little_is_held_with_exit_code_3(e2e_home):
     """Two steps teach nothing: held with delta and report, the live version stays, no number is used."""
-    e2e_home.configure(steps=2, min_gain=0.6)
+    e2e_home.configure(steps=2, min_gain=0.6, exam=0.5)
     e2e_home.submit("shoes", "hat", "pants")
     done = e2e_home.dynlora("run", "--once", "--json", timeout=200)
 
