@@ -50,6 +50,7 @@ def settle_plan(work_dir: Path, wanted: Plan) -> tuple[Plan, Path]:
     path, checkpoint = work_dir / PLAN_NAME, work_dir / CHECKPOINT_DIR / CHECKPOINT_NAME
     stored = _read(path)
     if stored is not None and _anchor(stored) == _anchor(wanted):
+        atomic.make_dir(checkpoint.parent)
         return stored, checkpoint
     atomic.remove_tree(checkpoint.parent)
     atomic.make_dir(checkpoint.parent)
