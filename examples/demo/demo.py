@@ -27,6 +27,7 @@ from deploy.client import Client
 from deploy.store import VersionStore
 
 IMAGES = Path(__file__).parent / "images"
+KNOWN_NAMES = Path(__file__).parent / "known_names.txt"
 HOME = Path("demo-home")
 DYNLORA = Path(sys.executable).with_name("dynlora")
 FIRST = "shoes"  # the clothing class that is dropped alone
@@ -51,8 +52,8 @@ def main() -> int:
     started = time.monotonic()
     try:
         fresh_home()
-        console.print(f"Making a home in {HOME}: the bundled CLIP becomes version 0")
-        dynlora("init", str(HOME))
+        console.print(f"Making a home in {HOME}: the bundled CLIP becomes version 0, with 12 class names")
+        dynlora("init", str(HOME), "--classes", str(KNOWN_NAMES))
         (HOME / "config.toml").write_text(CONFIG)
         found = run(console)
     except DemoError as error:
