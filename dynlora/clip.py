@@ -1,5 +1,6 @@
 """The only file that imports open_clip: bundled model, hub tag, local checkpoint, or a published version."""
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ def load_clip(architecture: str = "bundled", pretrained: str | None = None) -> C
     if architecture == "bundled":
         open_clip.add_model_config(BUNDLED_CONFIG)
         architecture, pretrained = BUNDLED_CONFIG.stem, pretrained or str(BUNDLED_WEIGHTS)
+    _refuse_by_config(architecture)
     has_weights = architecture.startswith(("hf-hub:", "local-dir:"))
     if not pretrained and not has_weights:
         raise ModelError(
@@ -88,6 +90,30 @@ def load_version(config_path: Path, weights_path: Path, architecture: str) -> Cl
         context_length=config["model_cfg"]["text_cfg"].get("context_length", 77)
     )
     return _checked(Clip(model, architecture, config["model_cfg"], config["preprocess_cfg"], tokenizer))
+
+
+def _refuse_by_config(architecture: str) -> None:
+    """Refuse by name, before anything is downloaded, what the config alone shows cannot be adapted."""
+    if architecture.startswith(("hf-hub:", "local-dir:")):
+        return  # known when it is built
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; open_clip.list_models() names them all"
+        raise ModelError(f"open_clip knows no architecture {architecture!r}{hint}")
+    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
+    obstacles = {
+        f"a timm vision tower ({vision.get('timm_model_name')})": "timm_model_name" in vision,
+        "a ResNet vision tower": isinstance(vision.get("layers"), list | tuple),
+        f"a Hugging Face text tower ({text.get('hf_model_name')})": "hf_model_name" in text,
+        "a text tower of its own class (custom_text)": config.get("custom_text", False),
+    }
+    found = [name for name, is_there in obstacles.items() if is_there]
+    if found:
+        raise ModelError(
+            f"{architecture} has {' and '.join(found)}, which cannot be adapted yet; "
+            "expected open_clip's native CLIP such as ViT-B-32, ViT-B-16 or ViT-L-14"
+        )
 
 
 def _checked(clip: Clip) -> Clip:

@@ -76,7 +76,9 @@ class Adaptation:
         return math.sqrt(sum(float(factor.delta().double().square().sum()) for factor in self.factors))
 
 
-def adapt(clip: Clip, task: Task, settings: Settings, *, seed: int, hooks: Hooks | None = None) -> Adaptation:
+def adapt(
+    clip: Clip, task: Task, settings: Settings, *, seed: int = 0, hooks: Hooks | None = None
+) -> Adaptation:
     """Learn `task` and return the pruned update.
 
     Raises:
