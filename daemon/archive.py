@@ -6,6 +6,7 @@ whatever the archive's own table says. Archives inside the archive are not opene
 """
 
 import errno
+import lzma
 import os
 import shutil
 import stat
@@ -16,15 +17,38 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Self
 
 from daemon.config import InboxConfig
 from daemon.errors import ArchiveError, NoSpaceError
-from daemon.layout import is_text
+from daemon.layout import MAX_LEVELS, is_text
 
 _PIECE_BYTES = 1 << 20
 _RATIO_FROM_BYTES = 64 << 20  # below this even a bomb does no harm, and flat pictures shrink a lot
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError)
+_MAX_HEADER_BYTES = 1 << 20
+_HEADERS = {*b"LKxgX"}  # long names, long links and pax records, which tarfile reads into memory whole
+_DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,  # RecursionError and NotImplementedError too
+    ValueError,
+)
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is refused before what it announces is read, where that is no header any more."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type[0] in _HEADERS and header.size > _MAX_HEADER_BYTES):
+            raise tarfile.ReadError(
+                f"a header in it claims {header.size:,} bytes, expected at most {_MAX_HEADER_BYTES:,}"
+            )
+        return header
 
 
 @dataclass(frozen=True)
@@ -80,8 +104,6 @@ def extract(archive: Path, target: Path, *, config: InboxConfig) -> list[tuple[s
             _extract_tar(archive, target, meter)
     except _DAMAGE as error:
         raise ArchiveError(f"{archive.name} is damaged or not an archive ({error}); send it again") from error
-    except RuntimeError as error:  # zipfile's word for a password
-        raise ArchiveError(f"{archive.name} is encrypted; send it without a password") from error
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise NoSpaceError(_no_space(archive, meter.unpacked_bytes, target)) from error
@@ -97,7 +119,7 @@ def _extract_zip(archive: Path, target: Path, meter: _Meter) -> None:
         for _ in infos:
             meter.count_member()
         if any(info.flag_bits & 0x1 for info in infos):
-            raise RuntimeError("encrypted")
+            raise ArchiveError(f"{archive.name} is encrypted; send it without a password")
         declared = sum(info.file_size for info in infos)
         _check_limits_and_space(archive, declared, target, meter)
         for info in infos:
@@ -108,7 +130,7 @@ def _extract_zip(archive: Path, target: Path, meter: _Meter) -> None:
 
 
 def _extract_tar(archive: Path, target: Path, meter: _Meter) -> None:
-    with tarfile.open(archive, "r:*") as packed:
+    with tarfile.open(archive, "r:*", tarinfo=_Header) as packed:
         for info in packed:
             meter.count_member()
             kind = "folder" if info.isdir() else "file" if info.isreg() else "link"
@@ -168,7 +190,7 @@ def _unpack(
             for piece in _pieces(open_member()):
                 meter.count_bytes(len(piece))
                 file.write(piece)
-        except (zipfile.BadZipFile, zlib.error) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
             path.unlink()
             meter.passed_over.append((member.name, f"it is damaged in the archive ({error}); send it again"))
 
@@ -181,6 +203,8 @@ def _why_passed_over(member: _Member) -> str | None:
         return "its path is absolute; pack it with a path inside the archive"
     if ".." in parts:
         return "its path leads out of the archive (..); pack it with a path inside"
+    if len(parts) > MAX_LEVELS:
+        return f"it lies more than {MAX_LEVELS} folders deep; put it into the folder of its class"
     if member.kind == "link":
         return "it is a link, and links are never followed; pack the file itself"
     if member.kind == "other" or not (parts or member.kind == "folder"):

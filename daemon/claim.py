@@ -19,13 +19,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.batch import Kind, batch_id, slug
 from daemon.errors import InboxError, NoSpaceError
-from daemon.inbox import CLAIMED_PREFIX, Item, tree_fingerprint
+from daemon.inbox import CLAIMED_PREFIX, INCOMPLETE_SUFFIX, Item, tree_fingerprint
+from daemon.layout import MAX_LEVELS
 from daemon.spool import CLAIM_FILE, Spool
 from deploy import atomic
 
 SOURCE_DIR = "source"
 LATER = "and is taken in once there is space; free some"
-_NOT_MOVABLE = {errno.EXDEV, errno.EACCES, errno.EPERM}
+_NOT_MOVABLE = {errno.EXDEV, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EROFS}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Claim(BaseModel):
@@ -118,7 +120,8 @@ def unfinished(spool: Spool) -> set[str]:
             continue
         for number, name in enumerate(claim.items, 1):
             if not os.path.lexists(directory / SOURCE_DIR / name):
-                names |= {name, _parked(claim, number).name}
+                parked = _parked(claim, number)
+                names |= {name, parked.name, _incomplete(parked).name}
     return names
 
 
@@ -128,7 +131,7 @@ def space_for(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno not in _NO_SPACE:
             raise
         where = f" at {error.filename}" if error.filename else ""
         raise NoSpaceError(f"the disk is full{where}; {what}") from error
@@ -139,42 +142,80 @@ def _write(claim: Claim, directory: Path) -> None:
 
 
 def _take(claim: Claim, number: int, name: str, spool: Spool) -> list[str]:
-    inbox, directory = Path(claim.inbox), spool.state_dir("incoming") / claim.id
-    target = directory / SOURCE_DIR / name
+    source = Path(claim.inbox) / name
+    target = spool.state_dir("incoming") / claim.id / SOURCE_DIR / name
     parked = _parked(claim, number)
     if os.path.lexists(target):
         return []
-    if not os.path.lexists(parked):
-        try:
-            atomic.rename(inbox / name, target)
-        except FileNotFoundError:
-            return [f"{name} disappeared from the inbox before it could be taken; drop it again"]
-        except OSError as error:
-            if error.errno not in _NOT_MOVABLE:
-                raise
-        else:
-            return []
-        parked = _park(inbox / name, parked)
+    if os.path.lexists(_incomplete(parked)):  # a crash came between this name and the end of the copy
+        atomic.rename(_incomplete(parked), parked)
+    fingerprint = None
+    try:
+        if not os.path.lexists(parked):
+            try:
+                atomic.rename(source, target)
+            except FileNotFoundError:
+                return [f"{name} disappeared from the inbox before it could be taken; drop it again"]
+            except OSError as error:
+                if error.errno in _NO_SPACE:
+                    raise
+                fingerprint = tree_fingerprint(source)  # what comes after this is no part of the copy
+                if error.errno not in _NOT_MOVABLE:
+                    raise
+            else:
+                return []
+            parked = _park(source, parked)
+        return _copy(claim, number, parked, spool=spool, fingerprint=fingerprint)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            there = parked if os.path.lexists(parked) else source
+            _leave(claim, there, spool=spool, fingerprint=fingerprint, is_whole=False)
+        raise
+
+
+def _copy(claim: Claim, number: int, parked: Path, *, spool: Spool, fingerprint: str | None) -> list[str]:
+    """Copy an item that cannot be moved, and see to it that what is left of it is not taken again."""
+    directory, name = spool.state_dir("incoming") / claim.id, claim.items[number - 1]
     owner = _owner(parked) or "its owner"
     temporary = directory / f"{atomic.TEMPORARY_PREFIX}{number}"
     try:
         not_copied = copy_tree(parked, temporary, shown=name)
-        if not os.path.lexists(temporary):
-            return not_copied
-        (atomic.fsync_tree if temporary.is_dir() else atomic.fsync_file)(temporary)
+        if os.path.lexists(temporary):
+            (atomic.fsync_tree if temporary.is_dir() else atomic.fsync_file)(temporary)
     except OSError:
         if os.path.lexists(temporary):
             atomic.remove_tree(temporary)  # half a copy fills a full disk and helps nobody
         raise
-    if parked.name == name:  # remembered before the copy counts, so that no crash makes it count twice
-        still_there = {n: f for n, f in spool.left_behind().items() if os.path.lexists(inbox / n)}
-        spool.set_left_behind({**still_there, name: tree_fingerprint(parked)})
-    atomic.rename(temporary, target)
-    told = (
-        f"{name} belongs to {owner} and could not be moved out of the inbox, so it was copied and will not "
-        f"be taken again; delete {parked} when you like"
-    )
+    # Before the copy counts, so that no crash makes it count twice.
+    left = _leave(claim, parked, spool=spool, fingerprint=fingerprint, is_whole=not not_copied)
+    if not os.path.lexists(temporary):
+        return not_copied
+    atomic.rename(temporary, directory / SOURCE_DIR / name)
+    told = f"{name} belongs to {owner} and could not be moved out of the inbox, "
+    if not_copied:
+        told += f"so it was copied, but only partly: keep {left}; see what is missing in batch {claim.id}"
+    else:
+        told += f"so it was copied and will not be taken again; delete {left} when you like"
     return [told, *not_copied]
+
+
+def _leave(claim: Claim, source: Path, *, spool: Spool, fingerprint: str | None, is_whole: bool) -> Path:
+    """Mark what stays in the inbox as taken, wholly or in part; returns where it is."""
+    if source.name.startswith(CLAIMED_PREFIX):
+        if is_whole or not os.path.lexists(source):
+            return source
+        atomic.rename(source, _incomplete(source))
+        return _incomplete(source)
+    if fingerprint is not None:
+        inbox = Path(claim.inbox)
+        still_there = {n: f for n, f in spool.left_behind().items() if os.path.lexists(inbox / n)}
+        mark = fingerprint if is_whole else f"{fingerprint} {claim.id}"
+        spool.set_left_behind({**still_there, source.name: mark})
+    return source
+
+
+def _incomplete(parked: Path) -> Path:
+    return parked.with_name(f"{parked.name}{INCOMPLETE_SUFFIX}")
 
 
 def _parked(claim: Claim, number: int) -> Path:
@@ -186,14 +227,20 @@ def _park(source: Path, parked: Path) -> Path:
     try:
         atomic.rename(source, parked)
     except OSError as error:
-        if error.errno not in {*_NOT_MOVABLE, errno.EROFS}:
+        if error.errno not in _NOT_MOVABLE:
             raise
         return source
     return parked
 
 
 def copy_tree(source: Path, target: Path, *, shown: str) -> list[str]:
-    """Copy files, folders, and links as links; returns a sentence for each entry that could not be."""
+    """Copy files, folders, and links as links; returns a sentence for each entry that could not be.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if shown.count("/") > MAX_LEVELS:
+        return [f"{shown.partition('/')[0]} was not copied whole: its folders are nested too deeply"]
     try:
         mode = source.lstat().st_mode
         if stat.S_ISLNK(mode):
@@ -207,14 +254,26 @@ def copy_tree(source: Path, target: Path, *, shown: str) -> list[str]:
                 for s in copy_tree(entry, target / entry.name, shown=f"{shown}/{entry.name}")
             ]
         elif stat.S_ISREG(mode):
-            shutil.copyfile(source, target, follow_symlinks=False)
+            _copy_file(source, target)
         else:
             return [f"{shown} was not copied: it is neither a file nor a folder"]
     except FileNotFoundError:
         return [f"{shown} disappeared while it was being copied; drop it again"]
     except PermissionError:
         return [f"{shown} was not copied: permission denied; correct its rights and drop it again"]
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise
+        return [f"{shown} was not copied: {error.strerror}; correct that and drop it again"]
     return []
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target, follow_symlinks=False)
+    except OSError:
+        target.unlink(missing_ok=True)  # half an image is none
+        raise
 
 
 def _owner(path: Path) -> str | None:

@@ -15,11 +15,22 @@ from pathlib import Path
 from typing import Literal
 
 from daemon.config import InboxConfig
-from daemon.layout import READY_FILE, SUBMITTED_FILE, is_junk, is_text, kind_of, list_entries
+from daemon.errors import InboxError
+from daemon.layout import (
+    MAX_LEVELS,
+    READY_FILE,
+    SUBMITTED_FILE,
+    is_junk,
+    is_text,
+    kind_of,
+    list_entries,
+    too_deep,
+)
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 _OTHER_ARCHIVES = (".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz")
 CLAIMED_PREFIX = ".claimed-"
+INCOMPLETE_SUFFIX = ".incomplete"  # of a claimed drop that was copied only in part
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,8 @@ def scan_inbox(
     Args:
         now: the caller's clock, in seconds; only differences matter.
         previous: the scan before, from which quiet times are carried on.
-        left_behind: drops that were copied and could not be removed, name → fingerprint: not taken again.
+        left_behind: drops that were copied and could not be removed: not taken again. Name → fingerprint,
+            and after a space the batch that got only a part of it.
         unfinished: names that an earlier claim has yet to take or to copy whole.
 
     Raises:
@@ -95,25 +107,37 @@ def scan_inbox(
         if name in unfinished:
             problems.append(Problem(name, f"{name} is being taken in; leave it as it is until that is done"))
         elif name.startswith(CLAIMED_PREFIX):
-            problems.append(Problem(name, _copied(Path(entry.path))))
+            problems.append(Problem(name, _claimed(Path(entry.path))))
         elif name.startswith(".") or is_junk(name):
             ignored.append(name)
-        elif (sentence := _why_left(entry)) is not None:
-            problems.append(Problem(name, sentence))
         else:
-            try:
-                item = _item(entry, now, previous)
-            except FileNotFoundError:  # it left while we looked
-                continue
-            except PermissionError as error:
-                sentence = f"{name} cannot be read ({error.filename}: permission denied); correct its rights"
-                problems.append(Problem(name, sentence))
-                continue
-            if (left_behind or {}).get(name) == item.fingerprint:
-                problems.append(Problem(name, _copied(Path(entry.path))))
-            else:
-                items.append(item)
+            found = _look_at(entry, now, previous, left=(left_behind or {}).get(name, ""))
+            if isinstance(found, Item):
+                items.append(found)
+            elif found is not None:
+                problems.append(Problem(name, found))
     return Scan(tuple(items), tuple(problems), tuple(ignored))
+
+
+def _look_at(entry: os.DirEntry[str], now: float, previous: Scan | None, *, left: str) -> Item | str | None:
+    """An item, or a sentence where it can be none; nothing where it left while we looked."""
+    name = entry.name
+    try:
+        if (sentence := _why_left(entry)) is not None:
+            return sentence
+        item = _item(entry, now, previous)
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        return f"{name} cannot be read ({error.filename}: permission denied); correct its rights"
+    except InboxError as error:
+        return str(error)
+    except (OSError, RecursionError) as error:
+        return f"{name} cannot be read ({error}); correct that or remove it"
+    fingerprint, _, batch = left.partition(" ")
+    if fingerprint != item.fingerprint:
+        return item
+    return _partly_copied(Path(entry.path), batch) if batch else _copied(Path(entry.path))
 
 
 def ready_items(previous: Scan | None, scan: Scan, now: float, config: InboxConfig) -> list[list[Item]]:
@@ -179,6 +203,20 @@ def _copied(path: Path) -> str:
     )
 
 
+def _partly_copied(path: Path, batch: str) -> str:
+    return (
+        f"{path.name} was only partly copied, because it could not be moved out of the inbox; keep it. "
+        f"Batch {batch} says what is missing: correct that and drop it again"
+    )
+
+
+def _claimed(path: Path) -> str:
+    if not path.name.endswith(INCOMPLETE_SUFFIX):
+        return _copied(path)
+    batch = path.name.removeprefix(CLAIMED_PREFIX).removesuffix(INCOMPLETE_SUFFIX).partition(".")[0]
+    return _partly_copied(path, batch)
+
+
 def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Item:
     path = Path(entry.path)
     arrived_ns = path.lstat().st_ctime_ns
@@ -213,6 +251,7 @@ def tree_fingerprint(path: Path) -> str:
 
     Raises:
         OSError: a part of it cannot be listed, or left meanwhile.
+        InboxError: its folders are nested too deeply.
     """
     digest = hashlib.sha256()
     for relative, found in _walk(path, ""):
@@ -226,5 +265,7 @@ def _walk(path: Path, relative: str) -> Iterable[tuple[str, os.stat_result]]:
     found = path.lstat()
     yield relative, found
     if stat.S_ISDIR(found.st_mode):
+        if relative.count("/") > MAX_LEVELS:
+            raise InboxError(too_deep(Path(*path.parts[: -relative.count("/")]).name))
         for inner in sorted(path.iterdir()):
             yield from _walk(inner, f"{relative}/{inner.name}")

@@ -7,16 +7,18 @@ incoming/. Knows nothing of learning; what is live it is told.
 """
 
 import errno
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from daemon import logs
 from daemon.batch import BATCH_FILE, Batch, read_batch
 from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake, unfinished
 from daemon.compose import Context, Known, KnownClass, compose
 from daemon.config import Config
-from daemon.errors import InboxError, NoSpaceError, Stopped
+from daemon.errors import DaemonError, InboxError, NoSpaceError, Stopped
 from daemon.inbox import Item, Problem, Scan, empty_folders, ready_items, scan_inbox
 from daemon.source import read_source
 from daemon.spool import Reason, Spool, State
@@ -58,10 +60,7 @@ class Intake:
         try:
             for batch in self.spool.ids("incoming"):
                 events += self._try_to_finish(batch)
-            previous, self.scan = self.scan, self._look(now)
-            events += self._tell(now)
-            for group in ready_items(previous, self.scan, now, self.config.inbox):
-                events += self._take(group)
+            self._take_ready(now, events)
         except NoSpaceError as error:
             self.waits = str(error)
         except Stopped as error:
@@ -69,6 +68,20 @@ class Intake:
         if self.waits not in {None, told}:
             events.append(IntakeEvent("intake_waits", str(self.waits)))
         return events
+
+    def _take_ready(self, now: float, events: list[IntakeEvent]) -> None:
+        """One group after the other, each by a fresh look: taking one in may take long."""
+        previous, self.scan = self.scan, self._look(now)
+        events += self._tell(now)
+        taken: set[tuple[str, str]] = set()
+        while groups := [
+            group
+            for group in ready_items(previous, self.scan, now, self.config.inbox)
+            if taken.isdisjoint((item.name, item.fingerprint) for item in group)
+        ]:
+            taken |= {(item.name, item.fingerprint) for item in groups[0]}
+            events += self._take(groups[0])
+            previous, self.scan = self.scan, self._look(now)
 
     @property
     def is_idle(self) -> bool:
@@ -139,10 +152,14 @@ class Intake:
                 if not (directory / BATCH_FILE).exists():
                     self._compose(claim, directory)
                 return self._deliver(read_batch(directory), directory)
-        except NoSpaceError:
+        except (NoSpaceError, Stopped):
             raise
-        except (InboxError, OSError) as error:
+        except (DaemonError, OSError) as error:
             return self._fail(batch, directory, str(error), [])
+        except Exception as error:  # noqa: BLE001 - one bad drop must not keep the others from being learnt
+            logs.log("intake failed", level=logging.ERROR, exc_info=True, batch=batch)
+            what = f"it could not be read ({type(error).__name__}: {error})"
+            return self._fail(batch, directory, what, [])
 
     def _compose(self, claim: Claim, directory: Path) -> None:
         layouts = read_source(claim, directory, config=self.config.inbox)
@@ -179,9 +196,10 @@ class Intake:
     def _deliver(self, record: Batch, directory: Path) -> IntakeEvent:
         """Carry out batch.json: move the images, then the batch."""
         if not record.classes:
-            details = [item.sentence for item in record.set_aside]
-            reason = details[0] if len(details) == 1 else "no class in it has enough usable images"
-            return self._fail(record.id, directory, reason, details)
+            aside = [item.sentence for item in record.set_aside]
+            causes = aside or record.warnings
+            reason = causes[0] if len(causes) == 1 else "no class in it has enough usable images"
+            return self._fail(record.id, directory, reason, [*aside, *record.warnings])
         for folder in {Path(image.file).parent for image in record.images}:
             atomic.make_dir(directory / folder)
         for image in record.images:
@@ -193,8 +211,8 @@ class Intake:
         if record.duplicate_of:
             message = f"{record.id} brings the same as {record.duplicate_of} did and is not learnt again"
             return IntakeEvent("batch_duplicate", message, record.id)
-        aside = f"; {len(record.set_aside)} set aside" if record.set_aside else ""
-        message = f"{record.id} is queued: {len(record.images)} images of {names}{aside}"
+        count = f"; {len(record.set_aside)} set aside" if record.set_aside else ""
+        message = f"{record.id} is queued: {len(record.images)} images of {names}{count}"
         return IntakeEvent("batch_queued", message, record.id)
 
     def _fail(self, batch: str, directory: Path, reason: str, details: list[str]) -> IntakeEvent:
@@ -202,7 +220,7 @@ class Intake:
             path = self.spool.fail(
                 Reason(
                     batch=batch,
-                    reason=reason,
+                    reason=reason.encode("utf-8", "backslashreplace").decode(),
                     what_to_do=_AGAIN,
                     failed_at=datetime.now(UTC).isoformat(timespec="seconds"),
                     details=details,

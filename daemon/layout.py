@@ -23,6 +23,8 @@ from deploy.manifest import class_key
 NOTE_FILE = "batch.toml"
 READY_FILE = ".ready"
 SUBMITTED_FILE = ".submitted.json"
+MAX_LEVELS = 64  # of folders in folders: far more than anybody means, and far from any limit of ours
+_MAX_NOTE_BYTES = 1 << 20
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 _OWN_FILES = {NOTE_FILE, READY_FILE, SUBMITTED_FILE}
 
@@ -139,9 +141,28 @@ def _why_passed_over(entry: os.DirEntry[str]) -> str | None:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is any usable file in it, at any depth."""
-    entries = list_entries(folder)
-    return bool(entries.files) or any(holds_files(sub) for sub in entries.folders)
+    """Whether there is any usable file in it, at any depth.
+
+    Raises:
+        InboxError: its folders are nested too deeply to tell.
+    """
+    waiting = [(folder, 0)]
+    while waiting:
+        directory, level = waiting.pop()
+        if level > MAX_LEVELS:
+            raise InboxError(too_deep(folder.name))
+        entries = list_entries(directory)
+        if entries.files:
+            return True
+        waiting += [(sub, level + 1) for sub in entries.folders]
+    return False
+
+
+def too_deep(name: str) -> str:
+    """The sentence for folders in folders without end."""
+    return (
+        f"{name} has folders nested more than {MAX_LEVELS} deep; put the images into class folders directly"
+    )
 
 
 def kind_of(folder: Path) -> Literal["folders", "batch", "empty"]:
@@ -226,9 +247,17 @@ def read_note(folder: Path, name: str | None = None) -> Note:
     try:
         if path.is_symlink() or not path.is_file():
             return Note()
-        return Note.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        with path.open("rb") as file:
+            content = file.read(_MAX_NOTE_BYTES + 1)
+        if len(content) > _MAX_NOTE_BYTES:
+            raise InboxError(
+                f"{shown} cannot be used: it is larger than {_MAX_NOTE_BYTES:,} bytes; shorten it"
+            )
+        return Note.model_validate(tomllib.loads(content.decode("utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InboxError(f"{shown} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise InboxError(f"{shown} cannot be read: it is nested too deeply; write it plainly") from error
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])

@@ -1,6 +1,7 @@
 """Archives from strangers: what is unpacked, what is passed over, what is refused whole."""
 
 import io
+import lzma
 import os
 import tarfile
 import zipfile
@@ -263,3 +264,59 @@ def test_unpacked_files_have_plain_rights(tmp_path: Path) -> None:
     extract(tmp_path / "a.tar", tmp_path / "out", config=InboxConfig())
 
     assert (tmp_path / "out/x.png").stat().st_mode & 0o7133 == 0
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_damaged_lzma_is_damage_like_any_other(bench, kind: str) -> None:
+    """A zip may hold it, and a file called .tar may be it."""
+    members = contents(bench)
+    archive = bench.inbox / f"spring.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_LZMA) as packed:
+            for name, content in members:
+                packed.writestr(name, content)
+    else:
+        archive.write_bytes(lzma.compress(pack(bench.home / "plain.tar", members).read_bytes()))
+    content = bytearray(archive.read_bytes())
+    content[60:900] = bytes(840)
+    archive.write_bytes(content)
+
+    bench.settle()
+
+    (batch,) = bench.spool.ids("queued") + bench.spool.ids("failed")
+    record = (bench.spool.path(batch) / "batch.json", bench.spool.path(batch) / "reason.json")
+    assert "is damaged" in "".join(path.read_text() for path in record if path.exists())
+
+
+def test_folders_without_end_in_an_archive_are_passed_over(bench) -> None:
+    """Six hundred levels harm nobody, and the rest is learnt."""
+    members = contents(bench)
+    pack(bench.inbox / "spring.zip", [*members, ("d/" * 600 + "0.png", members[0][1])])
+
+    bench.settle()
+
+    batch = bench.only("queued")
+    assert bench.names_and_counts(batch) == {"dress": 5}
+    assert "it lies more than 64 folders deep" in batch.set_aside[0].reason
+
+
+def test_a_header_that_is_no_header_is_refused_unread(tmp_path: Path) -> None:
+    """The library would read a long name into memory however long it is."""
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 4 << 30
+    first = tarfile.TarInfo("first.png")
+    (tmp_path / "a.tar").write_bytes(first.tobuf() + name.tobuf() + bytes(4096))
+
+    with pytest.raises(ArchiveError, match="a header in it claims 4,294,967,296 bytes, expected at most"):
+        extract(tmp_path / "a.tar", tmp_path, config=InboxConfig())
+
+
+def test_many_headers_in_a_row_are_damage_and_no_password(tmp_path: Path) -> None:
+    """The library follows them by calling itself."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1
+    first = tarfile.TarInfo("first.png")
+    (tmp_path / "a.tar").write_bytes(first.tobuf() + (header.tobuf() + b"x" + bytes(511)) * 3000)
+
+    with pytest.raises(ArchiveError, match="is damaged"):
+        extract(tmp_path / "a.tar", tmp_path, config=InboxConfig())

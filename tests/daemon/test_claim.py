@@ -125,7 +125,73 @@ def test_files_that_the_daemon_may_not_read_are_named(make_bench, shared_home: P
         "dress/0.png was not copied: permission denied; correct its rights and drop it again"
         in batch.warnings
     )
-    assert (bench.inbox / ".claimed-000001-dress/0.png").exists()
+    left = bench.inbox / ".claimed-000001-dress.incomplete"
+    assert (left / "0.png").exists()
+    assert f"keep {left}; see what is missing in batch 000001-dress" in batch.warnings[0]
+    (told,) = bench.settle()
+    assert "was only partly copied, because it could not be moved out of the inbox; keep it" in told
+    assert "Batch 000001-dress says what is missing" in told
+    assert "rm -r" not in told
+
+
+def test_a_drop_that_cannot_be_copied_at_all_is_tried_once(make_bench, shared_home: Path) -> None:
+    """It stays where it is and the failed batch says why; the archive is taken again once it changes."""
+    bench = make_bench(shared_home)
+    give(bench.spool.root, DAEMON)
+    bench.inbox.chmod(0o1777)
+    archive = bench.inbox / "spring.zip"
+    archive.write_bytes(b"x")
+    give(archive, SENDER, 0o600)
+
+    def take_in() -> None:
+        for _ in range(3):
+            bench.settle()
+            bench.restart()
+
+    assert in_child(take_in, uid=DAEMON) == 0
+    reason = bench.spool.reason("000001-spring")
+    assert bench.spool.ids("failed") == ["000001-spring"]
+    assert reason.reason == (
+        "spring.zip was not copied: permission denied; correct its rights and drop it again"
+    )
+    assert archive.exists()
+
+
+def test_a_drop_that_something_else_holds_is_copied(bench, monkeypatch) -> None:
+    """A mount point in the inbox cannot be renamed: copied, remembered, and not taken for ever."""
+    folder = bench.class_folder("dress")
+    rename = atomic.rename
+
+    def busy(source: Path, target: Path) -> None:
+        if source == folder:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(atomic, "rename", busy)
+    for _ in range(3):
+        bench.settle()
+
+    assert bench.spool.ids("queued") == ["000001-dress"]
+    assert bench.names_and_counts(bench.only("queued")) == {"dress": 5}
+    assert folder.exists()
+
+
+def test_an_inbox_that_fails_does_not_make_one_batch_after_the_other(bench, monkeypatch) -> None:
+    """The drop fails once, and again only when it has changed."""
+    folder = bench.class_folder("dress")
+    rename = atomic.rename
+
+    def broken(source: Path, target: Path) -> None:
+        if source == folder:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(atomic, "rename", broken)
+    for _ in range(3):
+        bench.settle()
+
+    assert bench.spool.ids("failed") == ["000001-dress"]
+    assert len(list(folder.iterdir())) == 5
 
 
 def test_a_folder_that_cannot_be_opened_is_told_of_and_stays(make_bench, shared_home: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from daemon import inbox, intake
 from daemon.compose import Known, KnownClass
 from daemon.errors import InboxError
 
@@ -31,7 +32,7 @@ def test_class_folders_dropped_together_become_one_batch(bench) -> None:
     batch = bench.only("queued")
     assert messages == ["000001-dress-and-1-more is queued: 20 images of dress, hat"]
     assert bench.names_and_counts(batch) == {"dress": 10, "hat": 10}
-    assert [batch.count(split) for split in ("train", "tune", "exam")] == [14, 2, 4]
+    assert [batch.count(split) for split in ("train", "tune", "exam")] == [16, 0, 4]
     assert (batch.kind, batch.set_aside, batch.warnings) == ("folders", [], [])
     assert list(bench.inbox.iterdir()) == []
     assert bench.intake.is_idle
@@ -84,6 +85,8 @@ def test_a_batch_folder_is_taken_by_itself_with_its_note(bench) -> None:
         ('color = "red"', "unknown key color; the keys are id, submitter, template and classes"),
         ('template = "a photo"', "template is 'a photo'; expected exactly one {}"),
         ("id = ", "spring/batch.toml cannot be read: Invalid value"),
+        ("id = " + "[" * 5000, "spring/batch.toml cannot be read: it is nested too deeply"),
+        ("#" * (1 << 20) + "#", "spring/batch.toml cannot be used: it is larger than 1,048,576 bytes"),
     ],
 )
 def test_a_broken_note_fails_the_batch_and_says_where(bench, note: str, told: str) -> None:
@@ -595,3 +598,76 @@ def test_the_next_look_is_when_something_can_become_ready(bench) -> None:
     assert bench.intake.seconds_to_next_scan(bench.now) == 1
     bench.step(1)
     assert bench.intake.seconds_to_next_scan(bench.now) == 30
+
+
+def test_folders_without_end_are_told_of_and_the_others_go_on(bench) -> None:
+    """Six hundred levels in the inbox."""
+    deep = bench.inbox / "deep"
+    deep.joinpath(*["d"] * 300).mkdir(parents=True)
+    (deep / "d" / "top").mkdir()
+    bench.class_folder("dress")
+
+    messages = bench.settle()
+
+    assert messages[0].startswith("deep has folders nested more than 64 deep")
+    assert messages[1] == "000001-dress is queued: 5 images of dress"
+    assert deep.is_dir()
+
+
+def test_an_item_that_cannot_be_looked_at_does_not_hide_the_others(bench, monkeypatch) -> None:
+    """Whatever the file system answers."""
+    bench.class_folder("bad")
+    bench.class_folder("dress")
+    look = inbox.tree_fingerprint
+
+    def broken(path: Path) -> str:
+        if path.name == "bad":
+            raise OSError(5, "Input/output error", str(path))
+        return look(path)
+
+    monkeypatch.setattr(inbox, "tree_fingerprint", broken)
+
+    messages = bench.settle()
+
+    assert "bad cannot be read ([Errno 5] Input/output error" in messages[0]
+    assert messages[1] == "000001-dress is queued: 5 images of dress"
+
+
+def test_a_drop_that_nobody_foresaw_fails_alone(bench, monkeypatch) -> None:
+    """Any error while it is read makes a failed batch and no dead daemon."""
+    bench.class_folder("dress", under=bench.inbox / "spring")
+    bench.class_folder("hat", under=bench.inbox / "autumn")
+    read = intake.read_source
+
+    def broken(claim, directory, *, config):
+        if claim.slug == "spring":
+            raise KeyError("surprise")
+        return read(claim, directory, config=config)
+
+    monkeypatch.setattr(intake, "read_source", broken)
+
+    bench.settle()
+
+    assert "KeyError: 'surprise'" in bench.spool.reason(bench.spool.ids("failed")[0]).reason
+    assert len(bench.spool.ids("queued")) == 1
+
+
+def test_what_changes_while_another_drop_is_taken_in_is_waited_for(bench, monkeypatch) -> None:
+    """Ready at the look before is not ready now."""
+    for name in ("a", "b"):
+        bench.class_folder("dress", under=bench.inbox / name)
+    first = bench.step()
+    read = intake.read_source
+
+    def slow(claim, directory, *, config):
+        for name in ("a", "b"):
+            if (bench.inbox / name).exists():
+                bench.paint(bench.inbox / name / "dress" / "late.png")
+        return read(claim, directory, config=config)
+
+    monkeypatch.setattr(intake, "read_source", slow)
+
+    (event,) = first + bench.step(60)
+
+    assert event.message.endswith("is queued: 5 images of dress")
+    assert [item.quiet_since for item in bench.intake.scan.items] == [bench.now]
