@@ -1,17 +1,21 @@
 """What is deleted, and when. Nothing else in the daemon deletes anybody's data.
 
-done/     after `done_days` everything but the records: batch.json, plan.json, report.json, worker.log
+done/     after `done_days` everything but the records (batch.json, plan.json, report.json, worker.log)
+          and the folders in which something was set aside: that was never learnt
 held/     never
 failed/   never
 exams/    never (their number per class is limited when they are kept)
 """
 
+import contextlib
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
 from daemon import logs
-from daemon.batch import BATCH_FILE
+from daemon.batch import BATCH_FILE, read_batch
 from daemon.config import RetentionConfig
+from daemon.errors import BatchError
 from daemon.plan import PLAN_NAME
 from daemon.report import RESULT_DIR
 from daemon.requests import drop_old_answers
@@ -30,14 +34,26 @@ def sweep(home: Path, config: RetentionConfig, now: float) -> None:
         try:
             # Written for the last time when the batch was done.
             done_at = (directory / BATCH_FILE).stat().st_mtime
+            if now - done_at >= config.done_days * SECONDS_PER_DAY and _clean(directory):
+                logs.log("images deleted", batch=batch_id, kept_days=config.done_days)
         except FileNotFoundError:
             continue
-        doomed = [path for path in directory.iterdir() if path.name not in KEPT]
-        if doomed and now - done_at >= config.done_days * SECONDS_PER_DAY:
-            for path in doomed:
-                atomic.remove_tree(path)
-            logs.log("images deleted", batch=batch_id, kept_days=config.done_days)
-    drop_old_answers(home, datetime.fromtimestamp(now, UTC))
+        except (OSError, BatchError) as error:
+            logs.log("images not deleted", level=logging.WARNING, batch=batch_id, why=str(error))
+    with contextlib.suppress(FileNotFoundError):  # fetched while we looked; the others have time
+        drop_old_answers(home, datetime.fromtimestamp(now, UTC))
+
+
+def _clean(directory: Path) -> bool:
+    """Delete what a done batch no longer needs; says whether there was anything."""
+    entries = [path for path in directory.iterdir() if path.name not in KEPT]
+    if not entries:
+        return False
+    aside = {Path(item.file).parts[0] for item in read_batch(directory).set_aside}
+    doomed = [path for path in entries if path.name not in aside]
+    for path in doomed:
+        atomic.remove_tree(path)
+    return bool(doomed)
 
 
 def remove_leftovers(home: Path) -> None:
