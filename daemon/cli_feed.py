@@ -97,20 +97,21 @@ def submit(
     """Put a class folder, a batch folder or an archive into the inbox, complete."""
     from daemon import submit as door
     from daemon.progress import showing
+    from daemon.waiting import batches_now, wait_for
 
     home, config = options.existing_home(), options.config()
     if check:
         _check(options, path)
         return
+    earlier = batches_now(home)
     identity = door.submit(path, config.inbox_dir(home), producer_id=producer_id, templates=template)
     if not wait:
         document = {"id": identity, "inbox": str(config.inbox_dir(home))}
         options.show(document, lambda: click.echo(f"submitted {path} with id {identity}"))
         return
-    from daemon.waiting import wait_for
 
     with showing(config.log.level) as view:
-        outcome = wait_for(home, identity, view)
+        outcome = wait_for(home, identity, view, earlier=earlier)
     options.show(outcome, lambda: click.echo(_outcome_line(outcome)))
     sys.exit({"failed": FAILED, "held": HELD}.get(outcome["event"], 0))
 

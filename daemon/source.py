@@ -22,12 +22,16 @@ class Submitted(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
+    is_own_id: bool = False  # given by the producer, and not made up for this drop
     submitter: str | None = None
     templates: str | dict[str, str] | None = None  # one for all, or by class name
 
     def over(self, note: Note) -> Note:
         """The note with what was said on the command line put over it."""
-        changes: dict[str, object] = {"id": note.id or self.id, "submitter": self.submitter or note.submitter}
+        changes: dict[str, object] = {
+            "id": self.id if self.is_own_id else note.id or self.id,
+            "submitter": self.submitter or note.submitter,
+        }
         if isinstance(self.templates, str):
             changes["template"] = self.templates
         elif self.templates:
@@ -79,7 +83,7 @@ def read_one(path: Path, unpacked: Path, *, config: InboxConfig) -> Layout:
     temporary.mkdir()
     try:
         passed_over = extract(path, temporary, config=config)
-    except InboxError:
+    except Exception:
         atomic.remove_tree(temporary)  # a copy: the archive itself is kept
         raise
     temporary.rename(unpacked)

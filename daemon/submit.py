@@ -52,7 +52,8 @@ def submit(
     """Copy a class folder, batch folder or archive into the inbox, complete; returns the producer's id.
 
     Args:
-        producer_id: the same id is never learnt twice; a new one is made up when None.
+        producer_id: the same id is never learnt twice, and it wins over the one in batch.toml; a new one is
+            made up when None.
         templates: one for all classes, or one per class name.
 
     Raises:
@@ -68,6 +69,7 @@ def submit(
     identity = producer_id or str(uuid.uuid4())
     note = Submitted(
         id=identity,
+        is_own_id=producer_id is not None,
         submitter=submitter,
         templates=templates if templates is None or isinstance(templates, str) else dict(templates),
     )

@@ -1,6 +1,7 @@
 """`dynlora submit --wait`: follow one drop by its producer's id until something final has become of it."""
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,17 @@ POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 5.0  # a daemon that is being restarted comes back within this time
 
 
-def wait_for(home: Path, producer_id: str, view: View) -> dict[str, Any]:
+def batches_now(home: Path) -> frozenset[str]:
+    """Every batch there is: what is submitted from now on becomes none of them."""
+    spool = Spool(home)
+    return frozenset(name for state in STATES for name in spool.ids(state))
+
+
+def wait_for(home: Path, producer_id: str, view: View, *, earlier: Collection[str] = ()) -> dict[str, Any]:
     """Wait until the drop is published, a duplicate, held or failed; returns that as an event's fields.
+
+    Args:
+        earlier: batches from before the submission; one of them may have had the same id.
 
     Raises:
         RequestError: no daemon is running to learn it; the drop stays where it is.
@@ -33,7 +43,7 @@ def wait_for(home: Path, producer_id: str, view: View) -> dict[str, Any]:
     found: tuple[State, str] | None = None
     while True:
         if found is None:
-            found = find(spool, producer_id)
+            found = find(spool, producer_id, earlier)
         elif (state := spool.find(found[1])) is not None:  # None only while it is being renamed
             found = state, found[1]
         if found is not None and (outcome := _outcome(home, spool, *found)) is not None:
@@ -47,18 +57,21 @@ def wait_for(home: Path, producer_id: str, view: View) -> dict[str, Any]:
         time.sleep(POLL_SECONDS)
 
 
-def find(spool: Spool, producer_id: str) -> tuple[State, str] | None:
+def find(spool: Spool, producer_id: str, earlier: Collection[str] = ()) -> tuple[State, str] | None:
     """The state and id of the batch that a drop became; None while it is in the inbox."""
-    for state in STATES:
-        for batch_id in spool.ids(state):
-            directory = spool.state_dir(state) / batch_id
-            try:
-                if spool.load(batch_id).producer_id == producer_id:
-                    return state, batch_id
-            except BatchError:  # no record yet, or refused before it had one
-                if any(_is_from(path, producer_id) for path in directory.glob(f"source/*/{SUBMITTED_FILE}")):
-                    return state, batch_id
-    return None
+    batches = [(state, name) for state in STATES for name in spool.ids(state) if name not in earlier]
+    for state, batch_id in batches:  # its own note first: batch.toml may have given the batch another id
+        notes = (spool.state_dir(state) / batch_id).glob(f"source/*/{SUBMITTED_FILE}")
+        if any(_is_from(path, producer_id) for path in notes):
+            return state, batch_id
+    return next((found for found in batches if _has_id(spool, found[1], producer_id)), None)
+
+
+def _has_id(spool: Spool, batch_id: str, producer_id: str) -> bool:
+    try:
+        return spool.load(batch_id).producer_id == producer_id
+    except BatchError:  # no record yet, or refused before it had one
+        return False
 
 
 def _is_from(path: Path, producer_id: str) -> bool:

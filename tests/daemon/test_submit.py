@@ -9,6 +9,7 @@ from daemon.compose import Known, KnownClass
 from daemon.config import Config
 from daemon.errors import InboxError, NoSpaceError
 from daemon.submit import check, submit
+from daemon.waiting import batches_now, find
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -196,3 +197,30 @@ def test_check_says_why_nothing_could_be_learnt(bench, tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"x")
     broken = check(tmp_path / "broken.zip", Config())
     assert (broken.refused or "").startswith("broken.zip is damaged or not an archive")
+
+
+def test_an_id_that_was_given_wins_over_the_note(bench, tmp_path: Path) -> None:
+    """One that was made up does not; the drop is found either way."""
+    for given, expected in (("order-8", "order-8"), (None, "order-7")):
+        bench.class_folder("dress", under=tmp_path / "spring")
+        (tmp_path / "spring" / "batch.toml").write_text('id = "order-7"')
+        earlier = batches_now(bench.home)
+
+        identity = submit(tmp_path / "spring", bench.inbox, producer_id=given)
+        assert find(bench.spool, identity, earlier) is None
+        bench.step()
+
+        state, batch = find(bench.spool, identity, earlier) or ("", "")
+        assert bench.spool.load(batch).producer_id == expected
+        assert state == "queued"
+
+
+def test_an_earlier_batch_of_the_same_id_is_not_the_one_waited_for(bench, tmp_path: Path) -> None:
+    """What became of that one is no answer for this one."""
+    for count in (1, 5):
+        earlier = batches_now(bench.home)
+        submit(bench.class_folder("dress", count, under=tmp_path), bench.inbox, producer_id="order-7")
+        assert find(bench.spool, "order-7", earlier) is None
+        bench.step()
+
+    assert find(bench.spool, "order-7", earlier) == ("queued", "000002-dress")
