@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from daemon.errors import ConfigError
 
+_OWN_FOLDERS = ("spool", "serving", "exams", "requests")
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
@@ -41,7 +42,7 @@ class InboxConfig(Section):
     min_images_per_class: int = Field(4, ge=1)
     template: str = DEFAULT_TEMPLATE
     max_image_bytes: int = Field(50_000_000, ge=1)
-    max_image_pixels: int = Field(80_000_000, ge=1)
+    max_image_pixels: int = Field(80_000_000, ge=1, le=80_000_000)  # more is never decoded
     max_archive_bytes: int = Field(20_000_000_000, ge=1)  # unpacked
     max_archive_members: int = Field(200_000, ge=1)
     max_archive_ratio: float = Field(200.0, ge=1)  # unpacked : packed
@@ -148,10 +149,28 @@ def load_config(explicit: Path | None, home: Path) -> Config:
     """The configuration of a home, from the file that find_config names.
 
     Raises:
-        ConfigError: as find_config and read_config.
+        ConfigError: as find_config and read_config, or the inbox is where the daemon keeps its own files.
     """
     path = find_config(home, explicit)
-    return Config() if path is None else read_config(path)
+    if path is None:
+        return Config()
+    config = read_config(path)
+    _check_inbox(config, home, path)
+    return config
+
+
+def _check_inbox(config: Config, home: Path, path: Path) -> None:
+    if not config.inbox.path:
+        return
+    inbox, home = config.inbox_dir(home).resolve(), home.resolve()
+    own = next((name for name in _OWN_FOLDERS if inbox.is_relative_to(home / name)), None)
+    if own is None and not home.is_relative_to(inbox):
+        return
+    where = f"in {own}/ of the home {home}" if own else f"the home {home} itself or a folder around it"
+    raise ConfigError(
+        f"{path}: inbox.path is {config.inbox.path!r}, which is {where}: the daemon would take its own files "
+        f"for drops; expected a folder that holds nothing but drops"
+    )
 
 
 def read_config(path: Path) -> Config:

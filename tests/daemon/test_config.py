@@ -66,6 +66,10 @@ def test_a_key_like_no_other_is_answered_with_the_sections(tmp_path: Path) -> No
         ("[learning]\nrank = 1.5\n", "learning.rank is 1.5; expected a valid integer"),
         ("[exam]\nkeep = 1\n", "exam.keep is 1; expected a valid boolean"),
         ('[learning]\npreset = "fast"\n', "learning.preset is 'fast'; expected 'default' or 'paper'"),
+        (
+            "[inbox]\nmax_image_pixels = 80_000_001\n",
+            "inbox.max_image_pixels is 80000001; expected less than or equal to 80000000",
+        ),
         ("[store]\nkeep_full = 1\n", "store.keep_full is 1; expected greater than or equal to 2"),
         ('[inbox]\ntemplate = "a photo"\n', "inbox.template is 'a photo'; expected exactly one {}"),
         ("[exam]\nfraction = 0.6\ntune_fraction = 0.4\n", "leave nothing to train on"),
@@ -100,6 +104,21 @@ def test_the_inbox_path_is_relative_to_the_file(tmp_path: Path) -> None:
     config = load_config(None, tmp_path)
 
     assert config.inbox_dir(Path("/elsewhere")) == tmp_path / "drops"
+
+
+@pytest.mark.parametrize("inbox", [".", "..", "spool", "serving", "exams", "requests/done"])
+def test_an_inbox_among_the_daemons_own_files_is_refused(tmp_path: Path, inbox: str) -> None:
+    """It would take them for drops, and move them."""
+    home = tmp_path / "home"
+    for name in ("spool", "serving", "exams", "requests/done", "inbox/deeper"):
+        (home / name).mkdir(parents=True)
+    (home / "config.toml").write_text(f'[inbox]\npath = "{inbox}"\n')
+
+    with pytest.raises(ConfigError, match="the daemon would take its own files for drops"):
+        load_config(None, home)
+    for fine in ("inbox", "inbox/deeper"):
+        (home / "config.toml").write_text(f'[inbox]\npath = "{fine}"\n')
+        assert load_config(None, home).inbox_dir(home) == home / fine
 
 
 def test_a_file_asked_for_by_name_must_exist(tmp_path: Path) -> None:
