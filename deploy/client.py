@@ -6,7 +6,8 @@
                                  closes 12 after its last request
 
 Torch-free. Writes nothing into the store, so it may be read-only or another machine's. A new version
-that cannot be loaded is reported and left aside until it changes; the old one goes on answering.
+that cannot be loaded is reported once and tried again when it changes, or after a pause; the old one goes
+on answering.
 """
 
 import contextlib

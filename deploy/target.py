@@ -1,7 +1,6 @@
 """What `current` leads to, and what is known to be wrong with it. Reads directories, loads nothing."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -56,11 +55,15 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception, state: object, before: "Failure | None", now: float) -> Self:
-        """Say when to try again: a damaged version does not heal by waiting, a busy machine may."""
+        """Say when to try again: a busy machine may be well soon, a damaged version rarely heals by waiting.
+
+        Rarely, not never: an error of ours may stand for one of the machine's, such as a lack of memory
+        that ONNX Runtime told in words of its own.
+        """
         if isinstance(error, DeployError):
-            return cls(state, math.inf, math.inf)
+            return cls(state, now + _LONGEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
         pause = _FIRST_PAUSE_SECONDS
-        if before is not None and before.state == state and before.pause_seconds < math.inf:
+        if before is not None and before.state == state:
             pause = min(2 * before.pause_seconds, _LONGEST_PAUSE_SECONDS)
         return cls(state, now + pause, pause)
 

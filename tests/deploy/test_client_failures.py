@@ -190,8 +190,29 @@ def test_a_failure_of_the_machine_is_tried_again(
     assert kinds(events)[:3] == [("loaded", 0), ("rejected", 1), ("loaded", 1)]
 
 
+def test_a_lack_of_memory_told_as_a_bad_version_passes_without_a_second_report(
+    serving: Path, events: list[ClientEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime tells bad_alloc in its own words; the unchanged version is tried again and goes live."""
+    failures = [VerifyError("ONNX Runtime cannot load it: std::bad_alloc") for _ in range(3)]
+
+    def load(directory: Path, *, threads: int | None = None) -> LoadedVersion:
+        if directory.name == "1" and failures:
+            raise failures.pop()
+        return LoadedVersion(directory, threads=threads)
+
+    monkeypatch.setattr(client, "LoadedVersion", load)
+    monkeypatch.setattr(target, "_LONGEST_PAUSE_SECONDS", 0.05)
+    with Client(serving, poll_seconds=0.01, on_event=events.append) as own:
+        point(serving, 1)
+        wait_for(lambda: own.version == 1)
+
+    assert failures == []
+    assert kinds(events)[:3] == [("loaded", 0), ("rejected", 1), ("loaded", 1)]
+
+
 def test_pauses_between_attempts_grow_to_a_minute() -> None:
-    """A machine in trouble is left alone for longer each time; a damaged version until it changes."""
+    """A machine in trouble is left alone for longer each time; an unchanged version that is bad for long."""
     failure, pauses = None, []
     for _ in range(9):
         failure = target.Failure.of(OSError(), "same", failure, now=100.0)
@@ -201,5 +222,6 @@ def test_pauses_between_attempts_grow_to_a_minute() -> None:
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert failure is not None
     assert (failure.covers("same", 159.9), failure.covers("same", 160.0)) == (True, False)
-    assert (failure.covers("other", 100.0), damaged.covers("same", 1e9)) == (False, True)
+    assert (failure.covers("other", 100.0), damaged.covers("other", 100.0)) == (False, False)
+    assert (damaged.covers("same", 159.9), damaged.covers("same", 160.0)) == (True, False)
     assert target.Failure.of(OSError(), "other", failure, now=100.0).pause_seconds == 1
