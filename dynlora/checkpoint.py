@@ -1,7 +1,7 @@
 """A learning run as bytes: safetensors, never pickle.
 
-Holds parameters and Adam's two moments, with the step, seed and settings they belong to. Random numbers need
-no state: every step derives its own from the seed and its number.
+Holds parameters and Adam's two moments, with the step, its loss, the seed and the settings they belong to.
+Random numbers need no state: every step derives its own from the seed and its number.
 """
 
 import json
@@ -25,11 +25,12 @@ def pack(
     state: MutableMapping[Tensor, Any],
     *,
     step: int,
+    loss: float,
     seed: int,
     settings: Settings,
 ) -> bytes:
-    """The run after `step` steps. `state` is the optimiser's, keyed by parameter."""
-    meta = json.dumps({"step": step, "seed": seed, "settings": settings.as_dict()}).encode()
+    """The run after `step` steps, the last one's `loss` with it. `state` is the optimiser's, by parameter."""
+    meta = json.dumps({"step": step, "loss": loss, "seed": seed, "settings": settings.as_dict()}).encode()
     tensors = {_META: torch.frombuffer(bytearray(meta), dtype=torch.uint8)}
     for index, parameter in enumerate(parameters):
         tensors[f"{index}.value"] = parameter.detach().contiguous()
@@ -45,8 +46,8 @@ def unpack(
     *,
     seed: int,
     settings: Settings,
-) -> int:
-    """Put a packed run back in place; returns the number of steps it had done.
+) -> tuple[int, float]:
+    """Put a packed run back in place; returns the number of steps it had done and the loss of the last one.
 
     Raises:
         CheckpointError: damaged, or of another seed, other settings or another architecture.
@@ -54,7 +55,8 @@ def unpack(
     try:
         tensors = load(content)
         meta = json.loads(bytes(tensors.pop(_META).tolist()))
-    except (SafetensorError, KeyError, ValueError) as error:
+        step, loss = int(meta["step"]), float(meta["loss"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint cannot be read ({error}); delete it to start over") from error
     expected = json.loads(json.dumps({"seed": seed, "settings": settings.as_dict()}))
     found = {key: meta.get(key) for key in expected}
@@ -68,5 +70,5 @@ def unpack(
             parameter.copy_(tensors[f"{index}.value"])
             if f"{index}.exp_avg" in tensors:
                 moments = {name: tensors[f"{index}.{name}"] for name in _MOMENTS}
-                state[parameter] = {"step": torch.tensor(float(meta["step"])), **moments}
-    return int(meta["step"])
+                state[parameter] = {"step": torch.tensor(float(step)), **moments}
+    return step, loss

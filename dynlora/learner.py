@@ -172,12 +172,14 @@ class _Run:
         """Everything the next step depends on."""
         state = self.optimizer.state
         groups = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return checkpoint.pack(groups, state, step=self.step, seed=self.seed, settings=self.settings)
+        return checkpoint.pack(
+            groups, state, step=self.step, loss=self.loss, seed=self.seed, settings=self.settings
+        )
 
     def restore(self, content: bytes) -> None:
         """Continue from a checkpoint of this very run."""
         groups = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.step = checkpoint.unpack(
+        self.step, self.loss = checkpoint.unpack(
             content, groups, self.optimizer.state, seed=self.seed, settings=self.settings
         )
 

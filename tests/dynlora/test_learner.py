@@ -66,6 +66,16 @@ def test_a_run_stopped_at_any_step_and_resumed_ends_with_the_same_bits(clip, tas
         assert _equal(whole, resumed)
 
 
+def test_a_run_resumed_after_its_last_step_reports_the_loss_of_that_step(clip, task):
+    """There is nothing left to do, and what is told is what was."""
+    saved = []
+    whole = adapt(clip, task, SHORT, seed=3, hooks=Hooks(should_save=lambda: True, save=saved.append))
+    resumed = adapt(clip, task, SHORT, seed=3, hooks=Hooks(resume_from=saved[-1]))
+
+    assert resumed.loss == whole.loss
+    assert _equal(whole, resumed)
+
+
 def _countdown(steps):
     asked = iter(range(1, 100))
     return lambda: next(asked) >= steps
