@@ -20,16 +20,19 @@ from torch import Tensor
 
 from daemon.batch import Batch, BatchImage, read_batch
 from daemon.config import Config
-from daemon.examine import Examiner
+from daemon.errors import WorkerError
+from daemon.examine import Examiner, load_pixels
 from daemon.founding import software_versions
 from daemon.plan import Plan, seed_of, settle_plan
-from daemon.report import DELTA_NAME, REPORT_NAME, ExamResult, Report
+from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
 from daemon.spool import Spool
 from daemon.staging import Candidate, stage_candidate
 from daemon.worker import Outlet, StopFlag
 from deploy import atomic
 from deploy.delta import Delta, Factor, save_delta
+from deploy.errors import VerifyError
 from deploy.manifest import (
+    DELTA_NAME,
     OPEN_CLIP_CONFIG_NAME,
     PREPROCESSOR_NAME,
     WEIGHTS_NAME,
@@ -38,15 +41,14 @@ from deploy.manifest import (
     load_classes,
     save_manifest,
 )
-from deploy.preprocess import Preprocessing, decode_image
+from deploy.preprocess import Preprocessing
 from deploy.store import VersionStore
 from deploy.verify import graph_hashes, verify_staged
 from dynlora import settings as presets
 from dynlora.clip import load_version
+from dynlora.errors import CheckpointError, ModelError
 from dynlora.learner import Adaptation, Hooks, Progress, adapt
 from dynlora.task import Name, Task
-
-RESULT_DIR = "result"
 
 
 @dataclass
@@ -73,6 +75,7 @@ def adapt_batch(
     Raises:
         Interrupted: SIGTERM came; the checkpoint resumes.
         BatchError, DeployError, DynloraError: the batch or the parent version cannot be used.
+        WorkerError: the checkpoint or what was staged is damaged; the next attempt makes it again.
     """
     watch = Stopwatch()
     work_dir = Spool(home).state_dir("work") / batch_id
@@ -96,9 +99,13 @@ def adapt_batch(
     with watch.stage("train"):
         outlet.phase("train")
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
-        adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
+        try:
+            adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
+        except CheckpointError as error:
+            atomic.remove_file(checkpoint)
+            raise WorkerError(f"{error}; it was removed, learning starts over") from error
     outlet.phase("fold")
-    with watch.stage("fold"):
+    with _making_candidate(), watch.stage("fold"):
         result_dir = work_dir / RESULT_DIR
         atomic.make_dir(result_dir)
         delta = to_delta(adaptation)
@@ -112,13 +119,13 @@ def adapt_batch(
             classes=classes,
         )
         staging, drift = stage_candidate(candidate, result_dir / DELTA_NAME)
-    with watch.stage("verify"):
+    with _making_candidate(), watch.stage("verify"):
         outlet.phase("verify")
         checked = verify_staged(
             staging, embed_dim=parent_manifest.embed_dim, parent_graphs=graph_hashes(parent_manifest.files)
         )
     draft = candidate.manifest_draft(checked.files)
-    with watch.stage("exam"):
+    with _making_candidate(), watch.stage("exam"):
         outlet.phase("exam")
         # Provisional, so that the candidate can be loaded as clients will; publishing writes the final one.
         save_manifest(staging, Manifest.model_validate(draft | {"version": store.next_version()}))
@@ -136,10 +143,20 @@ def adapt_batch(
         parent=parent,
         manifest=draft,
         exams=tuple(exams),
+        warnings=tuple(examiner.warnings),
         seconds=watch.seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     atomic.write_text(result_dir / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def _making_candidate() -> Iterator[None]:
+    """From here on a version that cannot be used is our own new one: the parent was loaded and asked."""
+    try:
+        yield
+    except (VerifyError, ModelError) as error:
+        raise WorkerError(f"the new version cannot be used: {error}") from error
 
 
 def union_of_classes(known: tuple[ClassEntry, ...], batch: Batch) -> tuple[ClassEntry, ...]:
@@ -155,7 +172,11 @@ def union_of_classes(known: tuple[ClassEntry, ...], batch: Batch) -> tuple[Class
 def load_task(
     batch: Batch, work_dir: Path, preprocessing: Preprocessing, classes: tuple[ClassEntry, ...]
 ) -> Task:
-    """The batch's training and tuning images in memory, each decoded once. Exam images are not opened."""
+    """The batch's training and tuning images in memory, each decoded once. Exam images are not opened.
+
+    Raises:
+        BatchError: an image is missing or damaged; names it.
+    """
     entries = {entry.key: entry for entry in classes}
     keys = [c.key for c in batch.classes]
     own = set(keys)
@@ -163,9 +184,11 @@ def load_task(
     def load(images: list[BatchImage]) -> tuple[Tensor, Tensor]:
         if not images:
             return torch.empty(0), torch.empty(0, dtype=torch.int64)
-        pixels = [preprocessing([decode_image(work_dir / image.file)]) for image in images]
+        pixels = np.empty((len(images), 3, *preprocessing.size), np.float32)
+        for row, image in zip(pixels, images, strict=True):
+            row[:] = load_pixels(work_dir / image.file, preprocessing)
         labels = [keys.index(image.class_key) for image in images]
-        return torch.from_numpy(np.concatenate(pixels)), torch.tensor(labels)
+        return torch.from_numpy(pixels), torch.tensor(labels)
 
     pixels, labels = load(batch.split("train"))
     tune_pixels, tune_labels = load(batch.split("tune"))
@@ -212,19 +235,21 @@ def _settings(plan: Plan) -> presets.Settings:
 
 def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds: float) -> Hooks:
     """Progress out, stop requests in, a checkpoint every so often. No clock reaches what is learnt."""
-    started = last_saved = time.monotonic()
-    first_step: int | None = None
+    last_saved = time.monotonic()
+    first: tuple[int, float] | None = None  # step and time; what came before it says nothing of the rest
 
     def on_progress(progress: Progress) -> None:
-        nonlocal first_step
-        first_step = progress.step - 1 if first_step is None else first_step
-        rate = (time.monotonic() - started) / (progress.step - first_step)
+        nonlocal first
+        now = time.monotonic()
+        first = first or (progress.step, now)
+        done = progress.step - first[0]
+        left = (now - first[1]) / done * (progress.steps - progress.step) if done else None
         outlet.step(
             step=progress.step,
             steps=progress.steps,
             loss=round(progress.loss, 4),
             kept_rank=round(progress.kept_rank, 2),
-            eta_seconds=round(rate * (progress.steps - progress.step), 1),
+            eta_seconds=None if left is None else round(left, 1),
         )
 
     def should_save() -> bool:

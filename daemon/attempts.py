@@ -47,6 +47,16 @@ def wait_seconds(batch: Batch, config: AttemptsConfig) -> float:
     return config.backoff_seconds * 2 ** (count - 1) if count else 0.0
 
 
+def without_repetition(batch: Batch) -> Batch:
+    """The record without its last attempt where that ended just like the one before: a trouble that lasts
+    for days is one line.
+    """
+    outcomes = [attempt.outcome for attempt in batch.attempts[-2:]]
+    if len(outcomes) == 2 and outcomes[0] == outcomes[1]:
+        return batch.model_copy(update={"attempts": batch.attempts[:-1]})
+    return batch
+
+
 def close_interrupted(batch: Batch) -> Batch:
     """The record with an attempt that nobody ended marked as interrupted."""
     if batch.attempts and batch.attempts[-1].outcome is None:

@@ -1,6 +1,7 @@
 """Commands that bring something in: init, run, submit."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def init(
             f"{home} is a home already, with versions up to {versions[-1]}; expected a free path. "
             f"Look at it with `dynlora status --home {home}`."
         )
+    _check_packages()
     create_home(home)
     arguments = ["init", "--home", str(home), "--model", model]
     arguments += ["--pretrained", pretrained] if pretrained else []
@@ -65,7 +67,9 @@ def init(
 
 @click.command()
 @click.option(
-    "--once", is_flag=True, help="Work off the inbox, then exit: 3 if a batch was held, 1 if one failed."
+    "--once",
+    is_flag=True,
+    help="Work off the inbox, then exit: 3 if a batch was held, 1 if one failed or a signal came.",
 )
 @common_options
 @pass_options
@@ -80,7 +84,8 @@ def run(options: Options, *, once: bool) -> None:
     events = {outcome["event"] for outcome in found["outcomes"]}
     options.show(found, lambda: _say_outcomes(found, once=once))
     if once:
-        sys.exit(FAILED if "failed" in events else HELD if "held" in events else 0)
+        has_failed = "failed" in events or found["signal"] is not None  # cut short, the work is not done
+        sys.exit(FAILED if has_failed else HELD if "held" in events else 0)
 
 
 @click.command()
@@ -138,6 +143,17 @@ def _check(options: Options, path: Path) -> None:
 
     options.show(document, text)
     sys.exit(0 if report.is_accepted else FAILED)
+
+
+def _check_packages() -> None:
+    """Before anything is made: the worker's packages come with the daemon extra only.
+
+    Raises:
+        ModuleNotFoundError: one of them is not installed.
+    """
+    for name in ("torch", "open_clip", "onnx"):
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _run_worker(home: Path, arguments: list[str], view: Any) -> None:

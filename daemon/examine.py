@@ -4,20 +4,22 @@ Always over the union of all known names, the new ones included: that is what a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from daemon.batch import Batch
+from daemon.errors import BatchError, WorkerError
 from daemon.exams import load_exams
 from daemon.report import ExamResult
+from deploy.errors import ImageError
 from deploy.manifest import ClassEntry
-from deploy.preprocess import decode_image
+from deploy.preprocess import Preprocessing, decode_image
 from deploy.runtime import LoadedVersion
 
-_CHUNK = 64  # images decoded at a time: bounds the memory whatever the number of exams
+_CHUNK = 64  # images in memory at a time, of the model's size: whatever the number of exams
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -51,13 +53,31 @@ class Grades:
         }
 
 
+def load_pixels(path: Path, preprocessing: Preprocessing) -> Float32:
+    """One image as the model takes it: (3, height, width).
+
+    Raises:
+        BatchError: the image is missing or damaged; names it.
+    """
+    try:
+        pixels: Float32 = preprocessing([decode_image(path)])[0]
+    except ImageError as error:
+        raise BatchError(f"{path} cannot be used: {error.reason}") from error
+    return pixels
+
+
 @dataclass
 class Examiner:
     """All exams there are: the batch's own first, then those of the batches kept before it.
 
+    What cannot be read of those kept before is left out, of the grades of all versions alike.
+
     Args:
         classes: the union of known names, in the order of the version to come.
         threads: of ONNX Runtime.
+
+    Attributes:
+        warnings: a sentence for each exam, or image of one, that was left out.
     """
 
     home: Path
@@ -65,6 +85,8 @@ class Examiner:
     work_dir: Path
     classes: Sequence[ClassEntry]
     threads: int
+    warnings: list[str] = field(default_factory=list, init=False)
+    _is_settled: bool = field(default=False, init=False)  # a version was graded; no image may drop out now
 
     def __post_init__(self) -> None:
         rows = {entry.key: row for row, entry in enumerate(self.classes)}
@@ -76,7 +98,7 @@ class Examiner:
                 tuple(rows[image.class_key] for image in own),
             )
         ]
-        for directory, exam in load_exams(self.home):
+        for directory, exam in load_exams(self.home, self.warnings.append):
             # A name that left with a roll-back cannot be answered; its images wait until it is back.
             known = [image for image in exam.images if image.class_key in rows]
             if exam.batch != self.batch.id and known:
@@ -88,12 +110,17 @@ class Examiner:
 
         Raises:
             VerifyError: the version cannot be loaded.
+            BatchError: an image of the batch's own exam cannot be read.
+            WorkerError: an image of an older exam can no longer be read; the next attempt leaves it out.
         """
         with LoadedVersion(version_dir, threads=self.threads) as version:
             names = version.embed_classes(
                 [entry.name for entry in self.classes], [entry.template for entry in self.classes]
             )
-            embeddings = {sheet.batch: self._embed(version, sheet) for sheet in self.sheets}
+            graded = [self._embed(version, sheet) for sheet in self.sheets]
+        self.sheets = [sheet for sheet, _ in graded if sheet.files or sheet.batch == self.batch.id]
+        self._is_settled = True
+        embeddings = {sheet.batch: rows for sheet, rows in graded if sheet in self.sheets}
         answers = {batch: (e @ names.T).argmax(axis=1) for batch, e in embeddings.items()}
         return Grades(embeddings, answers, names)
 
@@ -113,9 +140,31 @@ class Examiner:
             lost=int((was & ~now).sum()),
         )
 
-    def _embed(self, version: LoadedVersion, sheet: Sheet) -> Float32:
-        rows = np.zeros((len(sheet.files), version.manifest.embed_dim), np.float32)
+    def _embed(self, version: LoadedVersion, sheet: Sheet) -> tuple[Sheet, Float32]:
+        """Embeddings (images, dim), and the sheet they are of: without what had to be left out."""
+        rows: list[Float32] = [np.zeros((0, version.manifest.embed_dim), np.float32)]
+        kept: list[int] = []
         for start in range(0, len(sheet.files), _CHUNK):
-            images = [decode_image(path) for path in sheet.files[start : start + _CHUNK]]
-            rows[start : start + _CHUNK] = version.encode_pixels(version.preprocessing(images))
-        return rows
+            pixels = []
+            for index, path in enumerate(sheet.files[start : start + _CHUNK], start):
+                try:
+                    pixels.append(load_pixels(path, version.preprocessing))
+                except BatchError as error:
+                    self._leave_out(sheet, error)
+                else:
+                    kept.append(index)
+            if pixels:
+                rows.append(version.encode_pixels(np.stack(pixels)))
+        left = replace(
+            sheet,
+            files=tuple(sheet.files[index] for index in kept),
+            answers=tuple(sheet.answers[index] for index in kept),
+        )
+        return left, np.concatenate(rows)
+
+    def _leave_out(self, sheet: Sheet, error: BatchError) -> None:
+        if sheet.batch == self.batch.id:
+            raise error
+        if self._is_settled:
+            raise WorkerError(f"{error}, though it was a moment ago") from error
+        self.warnings.append(f"{error}; it is left out of the exam of {sheet.batch}")

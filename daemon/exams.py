@@ -6,13 +6,12 @@ not at all, and is never changed afterwards.
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.batch import Batch, BatchImage
-from daemon.errors import BatchError
 from deploy import atomic
 
 EXAM_FILE = "exam.json"
@@ -71,11 +70,16 @@ def keep_exam(home: Path, batch: Batch, batch_dir: Path, *, max_images_per_class
     return target
 
 
-def load_exams(home: Path) -> Iterator[tuple[Path, Exam]]:
+def load_exams(home: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator[tuple[Path, Exam]]:
     """Every kept exam with its directory, oldest batch first.
 
+    One whose exam.json is missing or damaged is passed over: it must not block every later batch.
+
+    Args:
+        warn: called with a sentence for each exam passed over.
+
     Raises:
-        BatchError: an exam.json is missing or damaged.
+        OSError: the disk or the system failed; says nothing about the exam.
     """
     folder = home / "exams"
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -84,10 +88,12 @@ def load_exams(home: Path) -> Iterator[tuple[Path, Exam]]:
             continue  # a copy cut short; its batch is finished again by recovery
         path = folder / name / EXAM_FILE
         try:
-            yield path.parent, Exam.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
+            exam = Exam.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError, PermissionError, ValidationError) as error:
             why = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
-            raise BatchError(f"{path} cannot be read: {why}; restore it, or remove {path.parent}") from error
+            warn(f"{path} cannot be read: {why}; this exam is left out; restore it, or remove {path.parent}")
+        else:
+            yield path.parent, exam
 
 
 def _capped(images: list[BatchImage], limit: int) -> list[BatchImage]:

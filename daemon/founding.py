@@ -90,12 +90,12 @@ def read_class_names(path: Path) -> tuple[ClassEntry, ...]:
         ConfigError: the file cannot be read, holds no name, or names a class twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read class names from {path}: {error}; expected one name per line"
         ) from error
-    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    names = [name for line in lines if (name := line.strip()) and not name.startswith("#")]
     seen: dict[str, str] = {}
     for name in names:
         key = class_key(name)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from daemon import attempts, logs
 from daemon.batch import Batch
@@ -204,6 +204,8 @@ class Lifecycle:
             self._spool.save(self._spool.load(job.batch).with_outcome(attempts.INTERRUPTED))
         elif code != EXIT_DONE:
             error = job.worker.error
+            if error is not None and error.get("fault") == "home":
+                self._blame_home(job.batch, str(error["message"]))
             # Killed (out of memory, say) or stopped by a full disk, it goes on from its checkpoint. Failing
             # without an explanation, it might only fail there again: it starts over.
             if code > 0 and error is None:
@@ -213,12 +215,23 @@ class Lifecycle:
         elif self._publisher.look(job.batch).report_parent is None:
             self._failed(job.batch, "the worker ended well but left no readable report", now)
 
+    def _blame_home(self, batch_id: str, why: str) -> NoReturn:
+        """The batch stays in work/ and its attempt does not count: what is wrong would fail any other too.
+
+        Raises:
+            StoreError: always, with what the worker said; tried again like every trouble.
+        """
+        batch = self._spool.load(batch_id).with_outcome(f"{attempts.RESTARTED}{why}")
+        self._spool.save(attempts.without_repetition(batch))
+        raise StoreError(why)
+
     def _judge(self, batch_id: str, now: float) -> None:
         try:
             self._publisher.judge(batch_id, datetime.fromtimestamp(now, UTC))
         except (DeployError, DaemonError) as error:
-            if is_full_disk(error) or isinstance(error, BatchError):
-                raise
+            is_published = self._publisher.look(batch_id).published_as is not None
+            if is_full_disk(error) or isinstance(error, BatchError) or is_published:
+                raise  # a version that has its number is finished, never made again
             # What the worker made cannot be published (a file cut short, say): it makes it again.
             self._publisher.discard_result(batch_id)
             self._failed(batch_id, str(error), now)

@@ -69,8 +69,8 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
             try:
                 while signals.name is None:
                     is_busy = service.tick(time.time())
-                    if once and service.trouble is not None:
-                        raise DaemonError(service.trouble)
+                    if once and signals.name is None and (why := service.why_stuck()) is not None:
+                        raise DaemonError(why)
                     if once and service.is_idle():
                         break
                     if not is_busy:

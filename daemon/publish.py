@@ -7,6 +7,7 @@ repeat.
 Knows nothing of workers; the service says when.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from daemon import logs
 from daemon.batch import Batch
 from daemon.config import Config
 from daemon.errors import WorkerError
@@ -22,10 +24,10 @@ from daemon.exams import keep_exam
 from daemon.gate import decide
 from daemon.plan import CHECKPOINT_DIR, PLAN_NAME, Plan
 from daemon.recovery import WorkListing
-from daemon.report import DECISION_NAME, DELTA_NAME, RESULT_DIR, Report, load_report
+from daemon.report import DECISION_NAME, RESULT_DIR, Report, load_report
 from daemon.spool import Spool
 from deploy import atomic
-from deploy.manifest import Decision, Manifest
+from deploy.manifest import DELTA_NAME, Decision, Manifest
 from deploy.store import STAGING_PREFIX, VersionStore
 
 Tell = Callable[..., None]
@@ -70,6 +72,8 @@ class Publisher:
         """
         work_dir = self.spool.state_dir("work") / batch_id
         report = load_report(work_dir / RESULT_DIR)
+        for sentence in report.warnings:
+            logs.log("warning", level=logging.WARNING, batch=batch_id, why=sentence)
         decision = decide(report.exams, self.config.exam)
         batch = self.spool.load(batch_id)
         if decision.outcome == "hold":
@@ -81,6 +85,7 @@ class Publisher:
 
     def finish(self, batch_id: str, version: int) -> None:
         """Do what is left to do for a batch that is published; only then are old versions pruned."""
+        self.store.complete()  # where publishing broke off, the version may not be the live one yet
         work_dir = self.spool.state_dir("work") / batch_id
         batch = self.spool.load(batch_id)
         if self.config.exam.keep:

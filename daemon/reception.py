@@ -76,6 +76,11 @@ class Reception:
         return self._next_scan > 0 and not self.wake.is_set() and self._intake.is_idle
 
     @property
+    def waits(self) -> str | None:
+        """Why nothing is taken in now, a full disk for one; None when all is well."""
+        return self._intake.waits
+
+    @property
     def problems(self) -> list[str]:
         """A sentence for everything that is left lying in the inbox, and for why nothing is taken in."""
         found = [problem.sentence for problem in self._intake.problems]

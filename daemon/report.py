@@ -9,7 +9,6 @@ from daemon.errors import WorkerError
 
 RESULT_DIR = "result"  # in the batch's directory
 REPORT_NAME = "report.json"
-DELTA_NAME = "delta.safetensors"
 DECISION_NAME = "decision.json"
 
 

@@ -92,7 +92,16 @@ class Service:
 
     def is_idle(self) -> bool:
         """Nothing is left to do: no drop on its way in, no batch to learn (or a pin keeps them waiting)."""
-        if self._lifecycle.working is not None or not self.reception.is_idle:
+        return self.reception.is_idle and self._is_worked_off()
+
+    def why_stuck(self) -> str | None:
+        """Why waiting will not help, in a sentence: trouble, or a full disk at the door and nothing else to
+        do. None as long as something moves.
+        """
+        return self.trouble or (self.reception.waits if self._is_worked_off() else None)
+
+    def _is_worked_off(self) -> bool:
+        if self._lifecycle.working is not None:
             return False
         return self.is_pinned() or not (self._spool.ids("work") or self._spool.ids("queued"))
 

@@ -74,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         with _alone(options.home):
             code = _run(options, outlet, stop)
-    except KeyboardInterrupt:
-        code = EXIT_STOPPED
+    except ModuleNotFoundError as error:
+        why = f"{error.name} is not installed; pip install 'dynlora[daemon]'"
+        outlet.say("error", message=why, retry=True, fault="home")
+        code = EXIT_FAILED
     except MemoryError:
         outlet.say("error", message="the worker ran out of memory; make the batch smaller", retry=True)
         code = EXIT_FAILED
@@ -90,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
     """Import what is heavy only now: the lock is ours and the parent knows that we are alive."""
     outlet.phase("load")
-    from daemon.errors import DaemonError
-    from deploy.errors import DeployError
-    from dynlora.errors import DynloraError, Interrupted
+    from daemon.errors import ConfigError, DaemonError, WorkerError
+    from deploy.errors import DeployError, ManifestError, StoreError, VerifyError, WeightsError
+    from dynlora.errors import DynloraError, Interrupted, ModelError
 
     try:
         if options.command == "init":
@@ -107,6 +109,13 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
             adapt_batch(options.home, options.batch, options.parent, config, outlet=outlet, stop=stop)
     except Interrupted:
         return EXIT_STOPPED
+    except (ConfigError, StoreError, ManifestError, WeightsError, VerifyError, ModelError) as error:
+        # The configuration, or what is published, cannot be used: no batch is to blame.
+        outlet.say("error", message=str(error), retry=True, fault="home")
+        return EXIT_FAILED
+    except WorkerError as error:  # what was made of the batch is damaged: it can be made again
+        outlet.say("error", message=str(error), retry=True)
+        return EXIT_FAILED
     except (DaemonError, DeployError, DynloraError) as error:
         outlet.say("error", message=str(error), retry=False)
         return EXIT_FAILED

@@ -151,6 +151,11 @@ class VersionStore(StoreReader):
             _log.info("%s", sentence)
         return done
 
+    def complete(self) -> None:
+        """Point ``current`` at a version that got its number before its publication broke off."""
+        for sentence in self._finish_next():
+            _log.info("%s", sentence)
+
     def prune(self, keep_full: int) -> list[int]:
         """Free the disk of old versions' large files, and return the versions that were pruned.
 

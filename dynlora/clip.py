@@ -66,6 +66,8 @@ def load_clip(architecture: str = "bundled", pretrained: str | None = None) -> C
             architecture, pretrained=pretrained, precision="fp32", weights_only=True
         )
         tokenizer = open_clip.get_tokenizer(architecture)
+    except MemoryError:
+        raise
     except Exception as error:  # open_clip and the hub raise whatever they like
         raise ModelError(f"cannot load {architecture} with weights {pretrained!r}: {error}") from error
     model_cfg = _model_config(architecture, model)
@@ -76,13 +78,16 @@ def load_version(config_path: Path, weights_path: Path, architecture: str) -> Cl
     """Load a published version: `config_path` is its open_clip_config.json, `weights_path` its safetensors.
 
     Raises:
-        ModelError: the files do not fit together, or are damaged.
+        ModelError: the files do not fit together, are missing, or are damaged.
+        OSError, MemoryError: the machine failed; says nothing about the files.
     """
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         model = open_clip.CLIP(**config["model_cfg"])
         incompatible = open_clip.load_checkpoint(model, str(weights_path), strict=True)
     except Exception as error:
+        if isinstance(error, MemoryError | OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the machine's fault, not the files'
         raise ModelError(f"cannot load {weights_path} as described by {config_path}: {error}") from error
     assert not incompatible or not any(incompatible), incompatible
     open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])

@@ -1,9 +1,10 @@
 """Exams are kept whole or not at all, within their limit."""
 
+import shutil
+
 import pytest
 
 from daemon.batch import Batch, BatchClass, BatchImage
-from daemon.errors import BatchError
 from daemon.exams import keep_exam, load_exams
 
 
@@ -40,7 +41,7 @@ def test_exam_images_are_copied_up_to_the_limit_of_each_class(batch, tmp_path):
     """Training images never are; what is there opens."""
     directory = keep_exam(tmp_path, batch, tmp_path / "batch", max_images_per_class=3)
 
-    [(found, exam)] = load_exams(tmp_path)
+    [(found, exam)] = load_exams(tmp_path, _refuse)
     assert found == directory
     assert [image.class_key for image in exam.images] == ["cup", "cup", "cup", "plate"]
     assert all((found / image.file).read_bytes() for image in exam.images)
@@ -64,11 +65,11 @@ def test_a_copy_cut_short_is_made_again_and_never_graded_on(batch, tmp_path):
     missing.unlink()
     with pytest.raises(FileNotFoundError):
         keep_exam(tmp_path, batch, tmp_path / "batch", max_images_per_class=3)
-    assert list(load_exams(tmp_path)) == []
+    assert list(load_exams(tmp_path, _refuse)) == []
 
     missing.write_bytes(content)
     keep_exam(tmp_path, batch, tmp_path / "batch", max_images_per_class=3)
-    assert len(list(load_exams(tmp_path))) == 1
+    assert len(list(load_exams(tmp_path, _refuse))) == 1
 
 
 def test_a_batch_without_exam_images_keeps_no_exam(batch, tmp_path):
@@ -80,10 +81,20 @@ def test_a_batch_without_exam_images_keeps_no_exam(batch, tmp_path):
     assert not (tmp_path / "exams").exists()
 
 
-def test_a_damaged_exam_is_named(batch, tmp_path):
-    """Grading on less than was kept would hide a loss: it stops, and says which file to restore."""
+@pytest.mark.parametrize("spoil", [lambda path: path.write_text("{"), lambda path: path.unlink()])
+def test_a_damaged_or_missing_exam_is_named_and_passed_over(batch, tmp_path, spoil):
+    """One tidied-away file does not block every later batch; a stray file is no exam either."""
     directory = keep_exam(tmp_path, batch, tmp_path / "batch", max_images_per_class=3)
-    (directory / "exam.json").write_text("{")
+    spoil(directory / "exam.json")
+    shutil.copytree(directory, directory.with_name("000002-cup"))
+    (directory.with_name("000002-cup") / "exam.json").write_text('{"batch": "000002-cup", "images": []}')
+    (directory.with_name("notes.txt")).write_text("tidied up")
+    said = []
 
-    with pytest.raises(BatchError, match=r"000001-cup/exam\.json cannot be read.*restore it"):
-        list(load_exams(tmp_path))
+    assert [exam.batch for _, exam in load_exams(tmp_path, said.append)] == ["000002-cup"]
+    assert len(said) == 2
+    assert "000001-cup/exam.json cannot be read" in said[0]
+
+
+def _refuse(sentence):
+    pytest.fail(sentence)

@@ -1,9 +1,9 @@
 """A worker that learns nothing, for tests of the daemon: it follows the protocol and `behaviour.json`.
 
 Keys of behaviour.json, all optional: `steps`, `step_seconds`; `exams` ([images, before, gained, lost] each,
-the batch's own first); `fail` (sentence) with `retry`; `die` (signal number, before any result); `torn` (cut
-the staged weights short); `silent` (end well without a report); `only` (batch ids that fail, die or are torn;
-default all).
+the batch's own first); `fail` (sentence) with `retry` and `fault`; `die` (signal number, before any result);
+`torn` (cut the staged weights short); `silent` (end well without a report); `only` (batch ids that fail, die
+or are torn; default all).
 """
 
 import argparse
@@ -53,7 +53,12 @@ def learn(home, batch_id, parent, behaviour):
         if "die" in behaviour:
             os.kill(os.getpid(), behaviour["die"])
         if "fail" in behaviour:
-            say("error", message=behaviour["fail"], retry=behaviour.get("retry", True))
+            say(
+                "error",
+                message=behaviour["fail"],
+                retry=behaviour.get("retry", True),
+                fault=behaviour.get("fault"),
+            )
             return 1
         if behaviour.get("silent"):
             return 0

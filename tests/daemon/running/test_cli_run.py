@@ -4,6 +4,7 @@ import json
 import signal
 import time
 
+from daemon.errors import NoSpaceError
 from tests.daemon.running.conftest import draw_class
 from tests.daemon.running.programs import behave, start_daemon, wait_until
 
@@ -43,6 +44,47 @@ def test_run_once_exits_with_3_for_a_held_and_1_for_a_failed_batch(dynlora, quic
         row["version"]
         for row in json.loads(dynlora("versions", "--home", quick_home, "--json")[1])["versions"]
     ] == [0]
+
+
+def test_run_once_ends_with_what_is_wrong_with_the_home(dynlora, quick_home, standin):
+    """The batch waits in work/; nothing is put into failed/."""
+    behave(quick_home, fail="[learning] steps must be a number", fault="home")
+    draw_class(quick_home / "inbox" / "cups")
+    code, _, err = dynlora("run", "--once", "--home", quick_home)
+
+    assert code == 1
+    assert "Error: [learning] steps must be a number" in err
+    assert [path.name for path in (quick_home / "spool" / "work").iterdir()] == ["000001-cups"]
+
+
+def test_run_once_ends_when_the_disk_is_too_full_to_take_anything_in(
+    dynlora, quick_home, standin, monkeypatch
+):
+    """Exit code 1 and the reason, instead of waiting for ever; the drop is safe."""
+
+    def refuse(*_, **__):
+        raise NoSpaceError("the disk is too full to take in cups; free some space")
+
+    monkeypatch.setattr("daemon.intake.Intake._take", refuse)
+    draw_class(quick_home / "inbox" / "cups")
+    code, _, err = dynlora("run", "--once", "--home", quick_home)
+
+    assert code == 1
+    assert "Error: the disk is too full to take in cups" in err
+    assert (quick_home / "inbox" / "cups").is_dir()
+
+
+def test_run_once_cut_short_by_a_signal_exits_with_1(quick_home):
+    """The work was not done; a script must not take it for done."""
+    behave(quick_home, steps=500, step_seconds=0.02)
+    draw_class(quick_home / "inbox" / "cups")
+    process = start_daemon(quick_home, once=True)
+    wait_until(lambda: list((quick_home / "spool" / "work").glob("*/checkpoint/*")))
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+
+    assert process.returncode == 1
+    assert "stopped by SIGTERM" in out
 
 
 def test_run_once_does_not_wait_for_a_pin(dynlora, quick_home, standin):

@@ -1,11 +1,13 @@
 """What fails is tried again, put aside with a reason, and never blocks what comes after it."""
 
+import errno
 import json
 import signal
 
 import pytest
 
 from daemon import service
+from deploy import atomic
 from deploy.errors import StoreError
 
 
@@ -49,6 +51,50 @@ def test_what_cannot_get_better_is_not_tried_again(bench):
     [batch_id] = bench.spool.ids("failed")
     assert bench.spool.reason(batch_id).reason == "no class has two images"
     assert len(bench.spool.load(batch_id).attempts) == 1
+
+
+def test_a_fault_of_the_home_is_no_fault_of_the_batch(bench):
+    """A typo in the configuration keeps the queue where it is, told once; with it mended all goes on."""
+    bench.behave(fail="[learning] steps must be a number", fault="home")
+    bench.drop("cups")
+    for _ in range(4):
+        bench.tick_until(lambda: bench.service.trouble)
+        bench.now += service.TROUBLE_SECONDS
+        bench.tick()
+    bench.tick_until(lambda: bench.service.trouble)
+    [batch_id] = bench.spool.ids("work")
+    [attempt] = bench.spool.load(batch_id).attempts
+
+    assert bench.service.trouble == "[learning] steps must be a number"
+    assert attempt.outcome == "restarted: [learning] steps must be a number"
+    assert not {"attempt_failed", "failed"} & set(bench.events())
+
+    bench.behave()
+    bench.now += service.TROUBLE_SECONDS
+    bench.tick_until(lambda: bench.store.current() == 1)
+
+
+def test_a_publication_that_broke_off_before_current_is_completed(bench, monkeypatch):
+    """The version has its number already: it goes live at the next try, and is learnt once only."""
+    rename, broken = atomic.rename, []
+
+    def refuse_once(source, target):
+        if target.name == "current" and not broken:
+            broken.append(target)
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr("deploy.store.atomic.rename", refuse_once)
+    bench.drop("cups")
+    bench.tick_until(lambda: bench.service.trouble)
+    assert "version 1 is complete, but `current` could not be pointed at it" in bench.service.trouble
+    assert (bench.store.current(), bench.store.versions()) == (0, [0, 1])
+    bench.now += service.TROUBLE_SECONDS
+    bench.run()
+
+    assert (bench.store.current(), bench.store.versions()) == (1, [0, 1])
+    assert len(bench.spool.ids("done")) == 1
+    assert bench.events().count("published") == bench.events().count("adapting") == 1
 
 
 def test_a_worker_killed_from_outside_counts_as_a_failed_attempt_and_keeps_its_checkpoint(bench):
