@@ -74,7 +74,7 @@ def test_init_says_what_is_wrong_with_a_model_name(e2e_home, tmp_path):
 
 
 def test_weights_of_the_live_version_cut_short_stop_learning_with_the_batch_kept(e2e_home):
-    """The worker refuses to learn on a damaged parent and names the file; the batch waits in work/, it is not to blame."""
+    """The worker names the damaged file; the batch waits in work/, for it is not to blame."""
     weights = e2e_home.store.path(0) / "weights.safetensors"
     weights.chmod(0o644)
     with weights.open("r+b") as file:
