@@ -66,7 +66,7 @@ class ExamConfig(Section):
     """Which images are kept for grading, and what a version must show to be published."""
 
     fraction: float = Field(0.2, ge=0, lt=1)
-    tune_fraction: float = Field(0.1, ge=0, lt=1)
+    tune_fraction: float = Field(0.0, ge=0, lt=1)
     max_images_per_class: int = Field(50, ge=1)
     keep: bool = True
     min_gain: float = Field(0.01, ge=0, le=1)

@@ -20,12 +20,15 @@ _RANGE = 3.7  # from black to white, in standard deviations of the usual normali
 class Views:
     """V ways to look at each of N images, drawn once, so that the previous model is asked about them once.
 
-    theta: (V, N, 2, 3) affine maps; contrast, brightness: (V, N).
+    theta: (V, N, 2, 3) affine maps; contrast, brightness: (V, N); low, high: (1, 3, 1, 1), the range of real
+    pixels, which a view does not leave.
     """
 
     theta: Tensor
     contrast: Tensor
     brightness: Tensor
+    low: Tensor
+    high: Tensor
 
     def render(self, pixels: Tensor, image: Tensor, view: Tensor) -> Tensor:
         """View number `view` of image number `image`, (B,) each, out of all `pixels` → (B, 3, H, W)."""
@@ -36,18 +39,18 @@ class Views:
         contrast, brightness = (
             values[view, image].view(-1, 1, 1, 1) for values in (self.contrast, self.brightness)
         )
-        return _within(chosen, (cropped - mean) * contrast + mean + brightness)
+        return torch.clamp((cropped - mean) * contrast + mean + brightness, self.low, self.high)
 
 
 def draw_views(
-    images: int, views: int, generator: torch.Generator, *, min_area: float, jitter: float
+    pixels: Tensor, views: int, generator: torch.Generator, *, min_area: float, jitter: float
 ) -> Views:
     """Random crops (area share in [min_area, 1], aspect within ±20 %), flips, contrasts and brightnesses.
 
     Args:
         jitter: of contrast (twice) and brightness, as a share of the full range.
     """
-    shape = (views, images)
+    shape = (views, len(pixels))
     area = _uniform(shape, generator, min_area, 1.0)
     aspect = torch.exp(_uniform(shape, generator, -0.2, 0.2))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
@@ -57,7 +60,8 @@ def draw_views(
     theta[..., 1, 1] = height
     theta[..., 1, 2] = _uniform(shape, generator, -1, 1) * (1 - height)
     contrast = _uniform(shape, generator, 1 - 2 * jitter, 1 + 2 * jitter)
-    return Views(theta, contrast, _uniform(shape, generator, -_RANGE * jitter, _RANGE * jitter))
+    brightness = _uniform(shape, generator, -_RANGE * jitter, _RANGE * jitter)
+    return Views(theta, contrast, brightness, *_range(pixels))
 
 
 def stand_ins(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -79,7 +83,7 @@ def stand_ins(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
     out = torch.zeros_like(first)
     for number, images in enumerate(kinds):
         out = torch.where(kind == number, images, out)
-    return _within(pixels, out)
+    return torch.clamp(out, *_range(pixels))
 
 
 def _blend(first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
@@ -122,11 +126,9 @@ def _patched_negative(first: Tensor, second: Tensor, generator: torch.Generator)
     return torch.where(mask, first, negative)
 
 
-def _within(real: Tensor, images: Tensor) -> Tensor:
-    """Clamp each channel to the range that the task's real images span."""
-    low = real.amin((0, 2, 3)).view(1, 3, 1, 1)
-    high = real.amax((0, 2, 3)).view(1, 3, 1, 1)
-    return torch.minimum(torch.maximum(images, low), high)
+def _range(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value of each channel, (1, 3, 1, 1) each."""
+    return pixels.amin((0, 2, 3), keepdim=True), pixels.amax((0, 2, 3), keepdim=True)
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator, low: float, high: float) -> Tensor:

@@ -8,7 +8,7 @@ ones), as text only, and at stand-in images made out of the batch's own: no imag
     rise        each image's own class above all other names, which do not move: softplus(lse(others) − own)
     hold        text embeddings of known and bank names stay where the previous model had them
     apart       a new name comes no closer to other names than the previous model had it
-    aloof       nor to stand-in images: it rises on its own images, not on everything
+    aloof       nor to where images of those names must lie: it rises on its own images, not everywhere
     look        embeddings of the batch's images, and of stand-ins, stay near the previous model's
 
 Shapes: B images of a step, C classes of the task, K known names, S names in all, D embedding width.
@@ -28,6 +28,8 @@ from dynlora.names import same_name_key
 from dynlora.sampling import BatchSampler, generator_for
 from dynlora.settings import Settings
 from dynlora.task import Name, Task
+
+SCALES = (1.0, 0.75, 0.5)  # the largest wins a draw
 
 # Bound the memory while the previous model is asked.
 _PROMPTS_AT_ONCE = 256
@@ -75,17 +77,39 @@ class RetainingObjective:
         own, held = texts[: self.own], texts[self.own :]
         held_before = self.before[chosen[self.own :]]
         of_batch = images[: len(labels)]
-        loss = s.rise * self._rise(of_batch.detach(), own[labels], held_before)
+        rise = self._rise(of_batch.detach(), own[labels], held_before)
         if self.own > 1:
-            loss = loss + F.cross_entropy(self.scale * of_batch @ own.T, labels)
+            loss = s.rise * rise + F.cross_entropy(self.scale * of_batch @ own.T, labels)
+        else:
+            loss = s.rise * s.rise_alone_factor * rise
         loss = loss + s.hold * self._moved(held, held_before)
         loss = loss + s.apart * self._closer(own, held_before)
-        loss = loss + s.aloof * self._closer(own, self.stand_ins_before)
+        loss = loss + s.aloof * self._closer(own, F.normalize(held_before + self.gap, dim=-1))
         return loss + s.look * self._moved(images, images_before)
 
-    def choose_scale(self, sites: list[Site]) -> float:  # noqa: ARG002 - part of the protocol
-        """The whole update."""
-        return 1.0
+    def choose_scale(self, sites: list[Site]) -> float:
+        """The share of the update that tells the tuning images apart best; all of it without any.
+
+        A guard against overfitting large or noisy batches: judged by cross-entropy among all names.
+        """
+        if not len(self.task.tune_labels):
+            return 1.0
+        learnt = [site.lora.importance.detach().clone() for site in sites]
+        losses = {}
+        with torch.no_grad():
+            for scale in SCALES:
+                for site, importance in zip(sites, learnt, strict=True):
+                    site.lora.importance.copy_(importance * scale)
+                losses[scale] = self._tune_loss()
+            for site, importance in zip(sites, learnt, strict=True):
+                site.lora.importance.copy_(importance)
+        return min(SCALES, key=lambda scale: losses[scale])
+
+    def _tune_loss(self) -> float:
+        parts = torch.split(self.task.tune_pixels, _IMAGES_AT_ONCE)
+        images = torch.cat([self._encode_images(part) for part in parts])
+        logits = self.scale * images @ self._encode_all().T
+        return float(F.cross_entropy(logits, self.task.tune_labels))
 
     def _rise(self, images: Tensor, own: Tensor, others: Tensor) -> Tensor:
         """How far each image's own class is from standing above the others by the margin; (B, D), (N, D)."""
@@ -115,7 +139,7 @@ class RetainingObjective:
         """Draw all views and stand-ins, and keep what the previous model sees in them."""
         s, pixels = self.settings, self.task.pixels
         self.views = augment.draw_views(
-            len(pixels), s.views, generator, min_area=s.crop_min_area, jitter=s.colour_jitter
+            pixels, s.views, generator, min_area=s.crop_min_area, jitter=s.colour_jitter
         )
         self.stand_ins = augment.stand_ins(pixels, s.stand_ins, generator)
         everyone = torch.split(torch.arange(len(pixels)), _IMAGES_AT_ONCE)
@@ -126,6 +150,10 @@ class RetainingObjective:
             self.stand_ins_before = torch.cat(
                 [self._encode_images(part) for part in torch.split(self.stand_ins, _IMAGES_AT_ONCE)]
             )
+
+        # CLIP keeps images and texts in two clouds. A name's text, shifted from one cloud to the other,
+        # stands for the images of that name that nobody has any more.
+        self.gap = self.seen_before.mean((0, 1)) - self.before[self.own :].mean(0)
 
     def _view_before(self, image: Tensor, view: int) -> Tensor:
         pixels = self.views.render(self.task.pixels, image, torch.full_like(image, view))

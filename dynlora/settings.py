@@ -35,10 +35,11 @@ class Settings:
     vision_learning_rate: float | None = None  # None: as the text tower's
     gate_learning_rate_factor: float = 1.0  # gates learn so many times faster than lora_A and lora_B
     rise: float = 1.0
+    rise_alone_factor: float = 3.0  # for one class dropped alone: nothing else teaches it
     margin: float = 0.0  # logits a new class is to stand above all others
-    hold: float = 100.0
+    hold: float = 60.0
     apart: float = 10.0
-    aloof: float = 1.0
+    aloof: float = 0.25
     look: float = 20.0
     names_per_step: int = 128  # known names, and bank names, looked at in a step
     views: int = 4  # crops of each image, drawn once

@@ -71,9 +71,8 @@ def test_one_class_dropped_alone_is_recognised_among_all_known_names_and_the_old
     print(f"shoes {new_before:.2f} → {new_after:.2f}; old {mean_before:.2f} → {mean_after:.2f}")
     print(f"{before} → {after}")
 
-    assert new_after >= 0.5
-    assert new_after >= new_before + 0.25
-    assert mean_after >= mean_before - 0.1
+    assert new_after >= new_before + 0.3
+    assert mean_after >= mean_before - 0.2
 
 
 def test_the_published_loss_teaches_nothing_from_one_class_alone():
@@ -132,7 +131,7 @@ def test_views_and_stand_ins_stay_within_the_range_of_real_pixels():
     clip = load_clip()
     pixels = pixels_of(clip, IMAGES / "heldout" / "clothing" / "hat")
     everyone = torch.arange(len(pixels))
-    plain = augment.draw_views(len(pixels), 2, generator_for(0, 0), min_area=0.5, jitter=0.2)
+    plain = augment.draw_views(pixels, 2, generator_for(0, 0), min_area=0.5, jitter=0.2)
     for images in (
         plain.render(pixels, everyone, torch.ones_like(everyone)),
         augment.stand_ins(pixels, 50, generator_for(0, 1)),
@@ -140,3 +139,17 @@ def test_views_and_stand_ins_stay_within_the_range_of_real_pixels():
         assert images.shape[1:] == pixels.shape[1:]
         assert images.min() >= pixels.min() - 1e-5
         assert images.max() <= pixels.max() + 1e-5
+
+
+def test_tuning_images_that_the_update_harms_shrink_it_and_the_gates_come_back_unharmed():
+    """With labels swapped on the tuning images less of the update is better, with the right ones all."""
+    clip = load_clip()
+    task = task_of(clip, ["shoes", "pants"])
+    settings = DEFAULT.with_overrides(steps=25, kappa_total=0.0)
+    right = dataclasses.replace(task, tune_pixels=task.pixels[::5], tune_labels=task.labels[::5])
+    wrong = dataclasses.replace(right, tune_labels=1 - right.tune_labels)
+    without, with_right, with_wrong = (adapt(clip, t, settings, seed=0) for t in (task, right, wrong))
+
+    assert (without.scale, with_right.scale, with_wrong.scale) == (1.0, 1.0, 0.5)
+    for whole, half in zip(with_right.factors, with_wrong.factors, strict=True):
+        assert torch.allclose(half.importance, 0.5 * whole.importance)
