@@ -23,7 +23,7 @@ from deploy.client import Client
 seen = []
 with Client(sys.argv[1], threads=1) as client:
     while True:
-        [answer] = client.classify([sys.argv[2]], labels=["a shoe", "a hat"])
+        [answer] = client.classify([sys.argv[2]], labels=["shoe", "hat"])
         if answer.version not in seen:
             seen.append(answer.version)
             print(answer.version, time.time(), flush=True)
@@ -80,7 +80,7 @@ def figures(home: Path, version: int, dropped: float, seen: float, memory: dict[
     return {
         "seconds": {
             "drop to queued": moments["queued"] - dropped,
-            "worker start": moments["published"] - moments["adapting"] - learning,
+            "worker start and publishing": moments["published"] - moments["adapting"] - learning,
             **{f"worker: {stage}": seconds for stage, seconds in report["seconds"].items()},
             "drop to live": live,
             "drop to live minus training": live - report["seconds"]["train"],
