@@ -25,6 +25,7 @@ from deploy.errors import DeployError
 from deploy.store import VersionStore
 
 TROUBLE_SECONDS = 10.0  # how long to leave a full or broken disk alone before the next try
+TROUBLE_SECONDS_AT_MOST = 320.0  # the wait doubles up to this while the same trouble comes back
 SWEEP_SECONDS = 600.0
 OUTCOMES = ("published", "held", "failed", "duplicate")
 
@@ -47,6 +48,8 @@ class Service:
         publisher = Publisher(home, config, self._spool, self._store, self.tell)
         self._lifecycle = Lifecycle(publisher, launch)
         self._paused_until = self._sweep_at = 0.0
+        self._pause = TROUBLE_SECONDS
+        self._last_trouble: str | None = None  # kept when it seems over, until something else happens
         self.outcomes: list[dict[str, Any]] = []
         self.trouble: str | None = None
 
@@ -83,12 +86,18 @@ class Service:
                 self._sweep(now)
                 self.trouble = None
         except (OSError, DaemonError, DeployError) as error:
-            self._paused_until = now + TROUBLE_SECONDS
-            if str(error) != self.trouble:
-                logs.log("trouble", level=logging.ERROR, why=str(error), next_try_seconds=TROUBLE_SECONDS)
-            self.trouble = str(error)
+            self._pause_for(str(error), now)
         self._show()
         return is_busy
+
+    def _pause_for(self, why: str, now: float) -> None:
+        if why == self._last_trouble:
+            self._pause = min(2 * self._pause, TROUBLE_SECONDS_AT_MOST)
+        else:
+            self._pause = TROUBLE_SECONDS
+            logs.log("trouble", level=logging.ERROR, why=why, next_try_seconds=self._pause)
+        self._paused_until = now + self._pause
+        self.trouble = self._last_trouble = why
 
     def is_idle(self) -> bool:
         """Nothing is left to do: no drop on its way in, no batch to learn (or a pin keeps them waiting)."""
@@ -124,6 +133,7 @@ class Service:
         """Say that something happened, to the log and to events.jsonl, after it is on disk."""
         logs.log(event, level=level, **fields)
         if event in OUTCOMES:
+            self._last_trouble = None
             self.outcomes.append({"event": event, **fields})
         try:
             self._events.append(event, **fields)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from daemon.batch import BATCH_FILE, Batch, read_batch, sequence
-from daemon.errors import BatchError
+from daemon.errors import BatchError, DaemonError
 from daemon.split import History
 from deploy import atomic
 
@@ -27,6 +27,7 @@ State = Literal["incoming", "queued", "work", "done", "held", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 REASON_FILE = "reason.json"
 CLAIM_FILE = "claim.json"
+_LEFT = TypeAdapter(dict[str, str])
 
 
 class Reason(BaseModel):
@@ -188,12 +189,21 @@ class Spool:
         return plan
 
     def left_behind(self) -> dict[str, str]:
-        """Drops that were copied because they could not be moved: inbox name → fingerprint."""
+        """Drops that were copied because they could not be moved: inbox name → fingerprint.
+
+        Raises:
+            DaemonError: the list is damaged; says what deleting it would mean.
+        """
         path = self.root / "left.json"
         if not path.exists():
             return {}
-        content: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        return content
+        try:
+            return _LEFT.validate_json(path.read_bytes())
+        except ValueError as error:
+            raise DaemonError(
+                f"{path} is damaged. It names the drops that were copied because they could not be moved out "
+                "of the inbox; take those out of the inbox, then delete this file, else they are learnt again"
+            ) from error
 
     def set_left_behind(self, left: Mapping[str, str]) -> None:
         """Replace the list of drops that were copied because they could not be moved."""

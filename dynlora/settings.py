@@ -25,7 +25,7 @@ class Settings:
     weight_decay: float = 0.0
     dense_fraction: float = 0.5  # share of the steps before any thresholding
     kappa_max: float = 0.005  # threshold at the end of the ramp
-    kappa_levels: int = 50  # stairs of the ramp
+    kappa_levels: int = 50  # stairs of the ramp, the first of which is 0
     kappa_total: float | None = None  # sum of all thresholds, instead of kappa_max: for any number of steps
     settle_fraction: float = 0.0  # share of the steps after the ramp, in which what survived goes on learning
     threshold: Operator = "paper"
@@ -49,9 +49,9 @@ class Settings:
     colour_jitter: float = 0.1  # of contrast and brightness
 
     def __post_init__(self) -> None:
-        for name in ("rank", "batch_size", "kappa_levels"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name, least in (("rank", 1), ("batch_size", 1), ("kappa_levels", 2)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} is {getattr(self, name)}; expected at least {least}")
         if self.steps is not None and self.steps < 1:
             raise SettingsError(
                 f"steps is {self.steps}; expected at least 1, or none to choose from the data"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from daemon.batch import Batch, BatchImage
-from daemon.errors import BatchError
+from daemon.errors import BatchError, DaemonError
 from daemon.spool import STATES, Reason, Spool, plan_recovery
 
 
@@ -154,3 +154,12 @@ def test_what_had_to_be_left_in_the_inbox_is_remembered(tmp_path: Path, spool: S
     spool.set_left_behind({"cat": "fingerprint"})
 
     assert Spool(tmp_path).left_behind() == {"cat": "fingerprint"}
+
+
+@pytest.mark.parametrize("content", [b'{"cat": ', b'["cat"]', b'{"cat": 1}', b"\xff"])
+def test_a_damaged_list_of_what_was_left_says_what_to_do(spool: Spool, content: bytes) -> None:
+    """Nothing is guessed: forgetting the list would learn those drops twice."""
+    (spool.root / "left.json").write_bytes(content)
+
+    with pytest.raises(DaemonError, match=r"left\.json is damaged.*then delete this file"):
+        spool.left_behind()

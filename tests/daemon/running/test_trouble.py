@@ -57,10 +57,15 @@ def test_a_fault_of_the_home_is_no_fault_of_the_batch(bench):
     """A typo in the configuration keeps the queue where it is, told once; with it mended all goes on."""
     bench.behave(fail="[learning] steps must be a number", fault="home")
     bench.drop("cups")
-    for _ in range(4):
+    for wait in (1, 2, 4, 8):  # times the first wait: no worker is started again and again for nothing
         bench.tick_until(lambda: bench.service.trouble)
-        bench.now += service.TROUBLE_SECONDS
+        started = bench.events().count("adapting")
+        bench.now += wait * service.TROUBLE_SECONDS - 0.1
         bench.tick()
+        assert bench.events().count("adapting") == started
+        bench.now += 0.1
+        bench.tick()
+        assert bench.events().count("adapting") == started + 1
     bench.tick_until(lambda: bench.service.trouble)
     [batch_id] = bench.spool.ids("work")
     [attempt] = bench.spool.load(batch_id).attempts
@@ -70,7 +75,7 @@ def test_a_fault_of_the_home_is_no_fault_of_the_batch(bench):
     assert not {"attempt_failed", "failed"} & set(bench.events())
 
     bench.behave()
-    bench.now += service.TROUBLE_SECONDS
+    bench.now += service.TROUBLE_SECONDS_AT_MOST
     bench.tick_until(lambda: bench.store.current() == 1)
 
 
