@@ -10,7 +10,6 @@
 Every operation is durable when it returns. Knows nothing of learning, versions or the inbox.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

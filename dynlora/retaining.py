@@ -6,7 +6,7 @@ ones), as text only, and at stand-in images made out of the batch's own: no imag
 
     supervised  cross-entropy image→text over the batch's classes; 0 for one class alone
     rise        each image's own class above all other names, which do not move: softplus(lse(others) − own)
-    hold        text embeddings of known and bank names stay where the previous model had them
+    hold        text embeddings of known and bank names stay where the previous model had them, known most
     apart       a new name comes no closer to other names than the previous model had it
     aloof       nor to where images of those names must lie: it rises on its own images, not everywhere
     look        embeddings of the batch's images, and of stand-ins, stay near the previous model's
@@ -82,10 +82,11 @@ class RetainingObjective:
             loss = s.rise * rise + F.cross_entropy(self.scale * of_batch @ own.T, labels)
         else:
             loss = s.rise * s.rise_alone_factor * rise
-        loss = loss + s.hold * self._moved(held, held_before)
-        loss = loss + s.apart * self._closer(own, held_before)
-        loss = loss + s.aloof * self._closer(own, F.normalize(held_before + self.gap, dim=-1))
-        return loss + s.look * self._moved(images, images_before)
+        weight = self._weight(len(held))
+        loss = loss + s.hold * (weight * _moved(held, held_before)).mean()
+        loss = loss + s.apart * self._closer(own, held_before) @ weight
+        loss = loss + s.aloof * self._closer(own, F.normalize(held_before + self.gap, dim=-1)) @ weight
+        return loss + s.look * _moved(images, images_before).mean()
 
     def choose_scale(self, sites: list[Site]) -> float:
         """The share of the update that tells the tuning images apart best; all of it without any.
@@ -118,15 +119,10 @@ class RetainingObjective:
         return F.softplus(highest + self.settings.margin - logits).mean()
 
     def _closer(self, own: Tensor, others_before: Tensor) -> Tensor:
-        """Squared growth of the new names' cosines to other names or images; (C, D), (N, D)."""
+        """Squared growth of the new names' cosines to other names or images; (C, D), (N, D) → (N,)."""
         before = self.before[: self.own] @ others_before.T
         growth = F.relu(own @ others_before.T - before.clamp(min=0))
-        return growth.square().sum(-1).mean()
-
-    @staticmethod
-    def _moved(now: Tensor, before: Tensor) -> Tensor:
-        """Mean 1 − cosine between embeddings now and before."""
-        return (1 - (now * before).sum(-1)).mean()
+        return growth.square().mean(0)
 
     def _choose_names(self, generator: torch.Generator) -> Tensor:
         """The batch's own names, and a sample of known and of bank names."""
@@ -134,6 +130,12 @@ class RetainingObjective:
         known = torch.randperm(self.known, generator=generator)[: s.names_per_step] + self.own
         bank = torch.randperm(total - self.own - self.known, generator=generator)[: s.names_per_step]
         return torch.cat([torch.arange(self.own), known, bank + self.own + self.known])
+
+    def _weight(self, names: int) -> Tensor:
+        """(names,) of `_choose_names` but the batch's own: those that clients ask about count more."""
+        weight = torch.ones(names)
+        weight[: min(self.known, self.settings.names_per_step)] = self.settings.known_factor
+        return weight
 
     def _draw_images(self, generator: torch.Generator) -> None:
         """Draw all views and stand-ins, and keep what the previous model sees in them."""
@@ -166,6 +168,11 @@ class RetainingObjective:
         rows = torch.split(torch.arange(len(self.prompts)), _PROMPTS_AT_ONCE)
         with torch.no_grad():
             return torch.cat([prompts.encode_text(self.model, self.prompts.rows(part)) for part in rows])
+
+
+def _moved(now: Tensor, before: Tensor) -> Tensor:
+    """1 − cosine between embeddings now and before; (N, D), (N, D) → (N,)."""
+    return 1 - (now * before).sum(-1)
 
 
 def _bank(task: Task) -> list[Name]:

@@ -126,6 +126,18 @@ def test_before_the_first_step_nothing_has_moved():
     assert abs(held - loose) < 1e-3
 
 
+def test_a_known_name_weighs_as_much_as_several_of_the_bank_and_the_batchs_own_not_at_all():
+    """Own names come first, then known ones, then the bank: so the weights line up with the names."""
+    clip = load_clip()
+    task = task_of(clip, ["shoes", "hat"], known=["dog", "tram", "kite"])
+    objective = RetainingObjective(clip, task, SHORT.with_overrides(known_factor=7.0), seed=0)
+    chosen = objective._choose_names(generator_for(0, 0))
+
+    assert chosen[:2].tolist() == [0, 1]
+    assert sorted(chosen[2:5].tolist()) == [2, 3, 4]
+    assert objective._weight(len(chosen) - 2).tolist() == [7.0] * 3 + [1.0] * 8
+
+
 def test_views_and_stand_ins_stay_within_the_range_of_real_pixels():
     """And a full crop without jitter is the image or its mirror image."""
     clip = load_clip()
