@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from deploy.client import Client
 
-PAUSE_SECONDS = 0.01  # between two requests: a busy client that leaves a core to the learner
+PAUSE_SECONDS = 0.03  # between two requests: busy, and yet the learner gets its cores
 SETTLE_SECONDS = 1.0  # a swap is over this long after its version's first answer
 
 
