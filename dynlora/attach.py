@@ -1,7 +1,8 @@
 """Find every weight matrix of both towers' blocks, put a LoRA beside each, and take them off again.
 
-Covered: open_clip's native transformer towers (fused in_proj, LayerNorm blocks).
-Not covered: timm and ResNet vision towers, Hugging Face text towers: refused by name.
+Covered: open_clip's native transformers (fused in_proj, LayerNorm blocks), and timm's vision towers whose
+blocks have the attention of its ViT or of PVTv2. What stands before and between the blocks, such as
+convolutions, stays as it is. Refused by name: other timm towers, ResNets, Hugging Face text towers.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,15 @@ import torch
 from torch import nn
 
 from dynlora.errors import ModelError
-from dynlora.lora import LoRA, LoRAAttention, LoRALinear
+from dynlora.lora import LoRA, LoRAAttention, LoRAFusedLinear, LoRALinear
+
+# What the linear layers of timm's attentions make. Other classes may read their weights past our layers.
+TIMM_ATTENTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "timm.models.pvt_v2.Attention": {"q": ("q",), "kv": ("k", "v"), "proj": ("out",)},
+    "timm.layers.attention.Attention": {"qkv": ("q", "k", "v"), "proj": ("out",)},
+}
+TIMM_MLP: dict[str, tuple[str, ...]] = {"fc1": ("mlp_in",), "fc2": ("mlp_out",)}
+NATIVE_MLP: dict[str, tuple[str, ...]] = {"c_fc": ("mlp_in",), "c_proj": ("mlp_out",)}
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,16 @@ class Site:
         return f"{self.tower}.{self.block}.{self.kind}"
 
 
+@dataclass(frozen=True)
+class _Block:
+    """One transformer block: where it is, and what it is of."""
+
+    path: str
+    module: nn.Module
+    tower: str
+    index: int
+
+
 @contextmanager
 def attached(model: nn.Module, rank: int) -> Iterator[list[Site]]:
     """Wrap all six matrices of every block of both towers; restore the model on leaving.
@@ -40,41 +59,44 @@ def attached(model: nn.Module, rank: int) -> Iterator[list[Site]]:
     Inside, the model's own parameters are frozen and only the yielded sites train.
 
     Raises:
-        ModelError: a tower is not one of open_clip's native transformers.
+        ModelError: a tower has blocks of a kind that is not covered.
     """
-    towers = {"vision": _blocks(model, "visual.transformer"), "text": _blocks(model, "transformer")}
+    blocks = _blocks(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     sites: list[Site] = []
-    originals: list[tuple[nn.Module, nn.Module, nn.Module, nn.Module]] = []
+    undo: list[tuple[nn.Module, str, nn.Module]] = []
     try:
-        for tower, (prefix, blocks) in towers.items():
-            for index, block in enumerate(blocks):
-                originals.append((block, block.attn, block.mlp.c_fc, block.mlp.c_proj))  # type: ignore[arg-type, union-attr]
-                sites += _wrap(block, f"{prefix}.resblocks.{index}", (tower, index), rank)
+        for block in blocks:
+            sites += _wrap(block, rank, undo)
         yield sites
     finally:
-        for block, attn, c_fc, c_proj in originals:
-            block.attn, block.mlp.c_fc, block.mlp.c_proj = attn, c_fc, c_proj  # type: ignore[union-attr]
+        for parent, name, original in undo:
+            setattr(parent, name, original)
         for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def check_supported(model: nn.Module) -> None:
     """Raise ModelError, naming the part, unless every block of both towers can be adapted."""
-    for path in ("visual.transformer", "transformer"):
-        _blocks(model, path)
+    _blocks(model)
 
 
-def _blocks(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
+def _blocks(model: nn.Module) -> list[_Block]:
+    is_timm = hasattr(getattr(model, "visual", None), "trunk")
+    vision = _timm_blocks(model) if is_timm else _native_blocks(model, "visual.transformer", "vision")
+    return vision + _native_blocks(model, "transformer", "text")
+
+
+def _native_blocks(model: nn.Module, path: str, tower: str) -> list[_Block]:
     try:
         blocks = model.get_submodule(path).resblocks
     except AttributeError:
         blocks = None
     if not isinstance(blocks, nn.ModuleList):
         raise ModelError(
-            f"{type(model).__name__} has no native open_clip transformer at {path!r}: timm, ResNet and "
+            f"{type(model).__name__} has no native open_clip transformer at {path!r}: ResNet and "
             "Hugging Face towers cannot be adapted yet; expected a ViT such as ViT-B-32 or ViT-B-16"
         )
     for index, block in enumerate(blocks):
@@ -85,29 +107,89 @@ def _blocks(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
                 f"block {path}.resblocks.{index} has attention of type {type(attention).__name__}; "
                 "expected nn.MultiheadAttention with one fused in_proj_weight, batch first"
             )
-    return path, blocks
+    return [_Block(f"{path}.resblocks.{i}", block, tower, i) for i, block in enumerate(blocks)]
 
 
-def _wrap(block: nn.Module, prefix: str, place: tuple[str, int], rank: int) -> list[Site]:
-    attention = LoRAAttention(block.attn, rank)  # type: ignore[arg-type]
-    mlp_in = LoRALinear(block.mlp.c_fc, rank)  # type: ignore[union-attr, arg-type]
-    mlp_out = LoRALinear(block.mlp.c_proj, rank)  # type: ignore[union-attr, arg-type]
-    block.attn, block.mlp.c_fc, block.mlp.c_proj = attention, mlp_in, mlp_out  # type: ignore[union-attr]
-    tower, index = place
-    width = attention.base.embed_dim
-    fused = [
-        Site(f"{prefix}.attn.in_proj_weight", i * width, (i + 1) * width, tower, index, kind, lora)
-        for i, (kind, lora) in enumerate((("q", attention.q), ("k", attention.k), ("v", attention.v)))
-    ]
-    whole = [
-        Site(f"{prefix}.{path}.weight", 0, layer.base.out_features, tower, index, kind, layer.lora)
-        for path, kind, layer in (
-            ("attn.out_proj", "out", attention.out),
-            ("mlp.c_fc", "mlp_in", mlp_in),
-            ("mlp.c_proj", "mlp_out", mlp_out),
+def _timm_blocks(model: nn.Module) -> list[_Block]:
+    """Everything under visual.trunk that has an attention and an MLP, in the order it is run."""
+    trunk = model.get_submodule("visual.trunk")
+    found = [(p, m) for p, m in trunk.named_modules() if hasattr(m, "attn") and hasattr(m, "mlp")]
+    if not found:
+        raise ModelError(
+            f"the timm tower {type(trunk).__name__} has no transformer blocks to adapt; "
+            "expected one such as vit_base_patch16_224 or pvt_v2_b0"
         )
-    ]
-    return fused + whole
+    for path, block in found:
+        attention, mlp = block.attn, block.mlp
+        layers = TIMM_ATTENTIONS.get(_class_path(attention))
+        if layers is None or set(layers) != _linears(attention) or set(TIMM_MLP) != _linears(mlp):
+            raise ModelError(
+                f"block visual.trunk.{path} of the timm tower {type(trunk).__name__} has attention "
+                f"{_class_path(attention)} and MLP {type(mlp).__name__}, which cannot be adapted yet; "
+                "expected the blocks of timm's ViT or PVTv2"
+            )
+    return [_Block(f"visual.trunk.{path}", block, "vision", i) for i, (path, block) in enumerate(found)]
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _linears(module: nn.Module) -> set[str]:
+    return {name for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def _wrap(block: _Block, rank: int, undo: list[tuple[nn.Module, str, nn.Module]]) -> list[Site]:
+    attention: nn.Module = block.module.attn  # type: ignore[assignment]
+    if not isinstance(attention, nn.MultiheadAttention):
+        layers = TIMM_ATTENTIONS[_class_path(attention)]
+        return _wrap_linears(block, "attn", layers, rank, undo) + _wrap_linears(
+            block, "mlp", TIMM_MLP, rank, undo
+        )
+    wrapped = LoRAAttention(attention, rank)
+    undo.append((block.module, "attn", attention))
+    block.module.attn = wrapped
+    loras = {"q": wrapped.q, "k": wrapped.k, "v": wrapped.v}
+    sites = _sites(block, "attn.in_proj_weight", loras) + _sites(
+        block, "attn.out_proj.weight", {"out": wrapped.out.lora}
+    )
+    return sites + _wrap_linears(block, "mlp", NATIVE_MLP, rank, undo)
+
+
+def _wrap_linears(
+    block: _Block,
+    part: str,
+    layers: dict[str, tuple[str, ...]],
+    rank: int,
+    undo: list[tuple[nn.Module, str, nn.Module]],
+) -> list[Site]:
+    """Wrap the named linear layers of `block.<part>`."""
+    parent = block.module.get_submodule(part)
+    sites = []
+    for name, kinds in layers.items():
+        base = parent.get_submodule(name)
+        assert isinstance(base, nn.Linear), (block.path, part, name)
+        undo.append((parent, name, base))
+        if len(kinds) == 1:
+            single = LoRALinear(base, rank)
+            setattr(parent, name, single)
+            loras = {kinds[0]: single.lora}
+        else:
+            fused = LoRAFusedLinear(base, rank, len(kinds))
+            setattr(parent, name, fused)
+            loras = dict(zip(kinds, fused.loras, strict=True))  # type: ignore[arg-type]
+        sites += _sites(block, f"{part}.{name}.weight", loras)
+    return sites
+
+
+def _sites(block: _Block, key: str, loras: dict[str, LoRA]) -> list[Site]:
+    """One site per LoRA; together they cover the rows of the matrix in order."""
+    sites, row = [], 0
+    for kind, lora in loras.items():
+        stop = row + lora.lora_B.shape[0]
+        sites.append(Site(f"{block.path}.{key}", row, stop, block.tower, block.index, kind, lora))
+        row = stop
+    return sites
 
 
 def reset(sites: list[Site], *, seed: int, random_importance: bool) -> None:

@@ -108,7 +108,6 @@ def _refuse_by_config(architecture: str) -> None:
         raise ModelError(f"open_clip knows no architecture {architecture!r}{hint}")
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     obstacles = {
-        f"a timm vision tower ({vision.get('timm_model_name')})": "timm_model_name" in vision,
         "a ResNet vision tower": isinstance(vision.get("layers"), list | tuple),
         f"a Hugging Face text tower ({text.get('hf_model_name')})": "hf_model_name" in text,
         "a text tower of its own class (custom_text)": config.get("custom_text", False),
@@ -119,6 +118,15 @@ def _refuse_by_config(architecture: str) -> None:
             f"{architecture} has {' and '.join(found)}, which cannot be adapted yet; "
             "expected open_clip's native CLIP such as ViT-B-32, ViT-B-16 or ViT-L-14"
         )
+    if "timm_model_name" in vision:
+        _refuse_by_blocks(config)
+
+
+def _refuse_by_blocks(config: dict[str, Any]) -> None:
+    """Look at a timm tower's blocks without making any weights."""
+    vision = config["vision_cfg"] | {"timm_model_pretrained": False}
+    with torch.device("meta"):
+        check_supported(open_clip.CLIP(**config | {"vision_cfg": vision}))
 
 
 def _checked(clip: Clip) -> Clip:

@@ -59,6 +59,26 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.base.weight, self.base.bias) + update
 
 
+class LoRAFusedLinear(nn.Module):
+    """A frozen linear layer that makes several things at once, such as timm's qkv; an update for each.
+
+    Part i of P is rows [i·out/P, (i+1)·out/P) of the fused weight, which is multiplied once.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, parts: int) -> None:
+        super().__init__()
+        self.base = base
+        assert base.out_features % parts == 0, (base.out_features, parts)
+        self.loras = nn.ModuleList(
+            LoRA(base.in_features, base.out_features // parts, rank) for _ in range(parts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        update = torch.cat([lora(x) for lora in self.loras], dim=-1)
+        return F.linear(x, self.base.weight, self.base.bias) + update
+
+
 class LoRAAttention(nn.Module):
     """Stands in for `nn.MultiheadAttention` in self-attention, with updates on q, k, v and out.
 

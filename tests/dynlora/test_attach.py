@@ -1,64 +1,82 @@
-"""LoRA layers on a real CLIP: where they sit, that they start as nothing, and what they compute."""
+"""LoRA layers on real towers: where they sit, that they start as nothing, and what they compute."""
 
+import copy
+
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dynlora.attach import attached, check_supported, reset
-from dynlora.clip import load_clip
 from dynlora.errors import ModelError
 from dynlora.lora import LoRAAttention
 
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+VISION = {
+    "native": {"image_size": 64, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16},
+    "timm_pvt": {"timm_model_name": "pvt_v2_b0", "image_size": 64},
+    "timm_vit": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "image_size": 224},
+}
+BLOCKS = {"native": 3, "timm_pvt": 8, "timm_vit": 12}
+
+
+@pytest.fixture(scope="module", params=VISION)
+def kind(request):
+    """Which vision tower."""
+    return request.param
+
 
 @pytest.fixture(scope="module")
-def clip():
-    """The bundled CLIP."""
-    return load_clip()
+def model(kind):
+    """A CLIP with random weights."""
+    torch.manual_seed(7)
+    return open_clip.CLIP(embed_dim=32, vision_cfg=VISION[kind], text_cfg=TEXT).eval()
 
 
-def _images(n=3):
-    return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+def _images(model, n=3):
+    return torch.randn(n, 3, *model.visual.image_size, generator=torch.Generator().manual_seed(0))
 
 
-def test_all_six_matrices_of_every_block_of_both_towers_are_covered(clip):
-    """10 blocks, 6 matrices each, and their rows tile exactly the blocks' weight matrices."""
+def test_all_six_matrices_of_every_block_of_both_towers_are_covered(model, kind):
+    """Blocks times six sites, and their rows tile exactly the blocks' weight matrices."""
     rows = {}
-    with attached(clip.model, rank=4) as sites:
+    with attached(model, rank=4) as sites:
         for site in sites:
             rows.setdefault(site.key, []).append((site.row_start, site.row_stop))
-    state = clip.model.state_dict()
-    matrices = {key for key, value in state.items() if "resblocks" in key and value.ndim == 2}
+    state = model.state_dict()
+    matrices = {key for key, value in state.items() if "blocks." in key and value.ndim == 2}
 
-    assert len(sites) == 60
+    assert len(sites) == 6 * (BLOCKS[kind] + 2)
+    assert len({site.name for site in sites}) == len(sites)
     assert set(rows) == matrices
     for key, slices in rows.items():
         assert [s for _, s in sorted(slices)][-1] == state[key].shape[0]
         assert sum(stop - start for start, stop in slices) == state[key].shape[0]
 
 
-def test_a_fresh_attachment_changes_no_embedding_and_detaching_leaves_no_trace(clip):
+def test_a_fresh_attachment_changes_no_embedding_and_detaching_leaves_no_trace(model):
     """ΔW starts at 0; afterwards the model is bit for bit what it was."""
-    images = _images()
-    before_state = {key: value.clone() for key, value in clip.model.state_dict().items()}
+    images = _images(model)
+    before_state = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
-        before = clip.model.encode_image(images)
-        with attached(clip.model, rank=4) as sites:
+        before = model.encode_image(images)
+        with attached(model, rank=4) as sites:
             reset(sites, seed=1, random_importance=True)
-            inside = clip.model.encode_image(images)
-        after = clip.model.encode_image(images)
+            inside = model.encode_image(images)
+        after = model.encode_image(images)
 
     assert (inside - before).abs().max() < 1e-5
     assert torch.equal(after, before)
-    assert list(clip.model.state_dict()) == list(before_state)
-    assert all(torch.equal(value, before_state[key]) for key, value in clip.model.state_dict().items())
+    assert list(model.state_dict()) == list(before_state)
+    assert all(torch.equal(value, before_state[key]) for key, value in model.state_dict().items())
 
 
-def test_the_adapted_model_equals_a_plain_one_with_the_deltas_added(clip):
+def test_the_adapted_model_equals_a_plain_one_with_the_deltas_added(model):
     """Against an independent merge, W + ΔW row by row, on both towers."""
-    images, tokens = _images(), clip.tokenizer(["a photo of a cat.", "a dog"])
-    plain = {key: value.clone() for key, value in clip.model.state_dict().items()}
-    with torch.no_grad(), attached(clip.model, rank=4) as sites:
+    images, tokens = _images(model), open_clip.SimpleTokenizer()(["a photo of a cat.", "a dog"])
+    plain = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad(), attached(model, rank=4) as sites:
         reset(sites, seed=2, random_importance=True)
         for number, site in enumerate(sites):
             generator = torch.Generator().manual_seed(number)
@@ -67,8 +85,8 @@ def test_the_adapted_model_equals_a_plain_one_with_the_deltas_added(clip):
                 for i in range(4):
                     weight = site.lora.importance[i] * site.lora.lora_B[row - site.row_start, i]
                     plain[site.key][row] += weight * site.lora.lora_A[i]
-        adapted = clip.model.encode_image(images), clip.model.encode_text(tokens)
-    reference = load_clip().model
+        adapted = model.encode_image(images), model.encode_text(tokens)
+    reference = copy.deepcopy(model)
     reference.load_state_dict(plain)
     with torch.no_grad():
         merged = reference.encode_image(images), reference.encode_text(tokens)
@@ -77,22 +95,22 @@ def test_the_adapted_model_equals_a_plain_one_with_the_deltas_added(clip):
         assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
 
 
-def test_one_step_gives_every_lora_tensor_a_gradient_and_the_base_none(clip):
+def test_one_step_gives_every_lora_tensor_a_gradient_and_the_base_none(model):
     """No adapter is silently left out (a known trap of nn.MultiheadAttention's out_proj)."""
-    with attached(clip.model, rank=4) as sites:
+    with attached(model, rank=4) as sites:
         reset(sites, seed=3, random_importance=True)
         for site in sites:
             nn.init.normal_(site.lora.lora_B, std=0.02)
-        image = F.normalize(clip.model.encode_image(_images()), dim=-1)
-        text = F.normalize(clip.model.encode_text(clip.tokenizer(["cat", "dog"])), dim=-1)
+        image = F.normalize(model.encode_image(_images(model)), dim=-1)
+        text = F.normalize(model.encode_text(open_clip.SimpleTokenizer()(["cat", "dog"])), dim=-1)
         F.cross_entropy(10 * image @ text.T, torch.tensor([0, 1, 1])).backward()
         for site in sites:
             for name, parameter in site.lora.named_parameters():
                 assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{site.name} {name}"
         assert all(
             p.grad is None
-            for n, p in clip.model.named_parameters()
-            if "lora" not in n.lower() and ".q." not in n and ".k." not in n and ".v." not in n
+            for n, p in model.named_parameters()
+            if not any(p is ours for site in sites for ours in site.lora.parameters())
         )
 
 
@@ -122,3 +140,13 @@ def test_a_tower_that_cannot_be_adapted_is_refused_by_name():
         ModelError, match=r"ResNetClip has no native open_clip transformer at .visual\.transformer."
     ):
         check_supported(ResNetClip())
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224", "resnet18"])
+def test_a_timm_tower_of_another_kind_is_refused_by_name(name):
+    """Its attention might read its weights past our layers, or it has none."""
+    vision = {"timm_model_name": name, "image_size": 224}
+    with torch.device("meta"):
+        model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=TEXT)
+    with pytest.raises(ModelError, match=r"timm tower (SwinTransformer|Beit|ResNet) has "):
+        check_supported(model)

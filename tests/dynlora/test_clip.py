@@ -83,7 +83,12 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
         ("ViT-B-16", None, "named without weights; expected --pretrained"),
         ("ViT-B-16", "no-such-tag", r"cannot load ViT-B-16 with weights 'no-such-tag'"),
         ("RN50", "openai", "RN50 has a ResNet vision tower, which cannot be adapted yet"),
-        ("ViT-B-16-SigLIP", "webli", r"has a timm vision tower \(vit_base_patch16_siglip_224\)"),
+        ("ViT-B-16-SigLIP", "webli", r"has a text tower of its own class \(custom_text\)"),
+        (
+            "swin_base_patch4_window7_224",
+            "tag",
+            r"timm tower SwinTransformer .*WindowAttention",
+        ),
         ("roberta-ViT-B-32", "laion2b_s12b_b32k", r"a Hugging Face text tower \(roberta-base\)"),
     ],
 )
