@@ -37,7 +37,8 @@ class PublishedObjective:
 
     The target of a class row is the indicator of its images in the batch, not normalised. Names seen before
     add rows with an all-zero target to the text→image mean: they only rescale it, so they are not encoded.
-    Over a single class the loss is 0: nothing can be learnt from it.
+    Over a single class image→text is 0 and text→image is least where all images are equally similar to the
+    name: nothing sets the class apart from any other.
     """
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
