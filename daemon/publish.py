@@ -84,8 +84,13 @@ class Publisher:
         return decision
 
     def finish(self, batch_id: str, version: int) -> None:
-        """Do what is left to do for a batch that is published; only then are old versions pruned."""
-        self.store.complete()  # where publishing broke off, the version may not be the live one yet
+        """Do what is left to do for a batch that is published; only then are old versions pruned.
+
+        Where publishing broke off its version is made live first, unless an operator rolled back meanwhile:
+        then the event names the version that is `live` instead.
+        """
+        self.store.complete()
+        live = self.store.current()
         work_dir = self.spool.state_dir("work") / batch_id
         batch = self.spool.load(batch_id)
         if self.config.exam.keep:
@@ -95,9 +100,11 @@ class Publisher:
         if (work_dir / RESULT_DIR).is_dir():
             atomic.remove_file(work_dir / RESULT_DIR / DELTA_NAME)  # it is in the version
         if batch.attempts:
-            self.spool.save(batch.with_outcome(f"published as version {version}"))
+            instead = "" if live == version else f", but version {live} was made live"
+            self.spool.save(batch.with_outcome(f"published as version {version}{instead}"))
         self.spool.move(batch_id, "done")
-        self.tell("published", batch=batch_id, version=version, **self._figures(version))
+        other = {} if live == version else {"live": live}
+        self.tell("published", batch=batch_id, version=version, **other, **self._figures(version))
         self.prune()
 
     def discard_learning(self, batch_id: str) -> None:

@@ -9,7 +9,8 @@
 What is on the disk is the truth, and every change of state is one rename, so recover() is a function
 of the listing. A new version's link is made first, as ``.next``; then the staged directory gets its
 number; then ``.next`` becomes ``current``. Killed in between, ``.next`` says what was meant: if its
-target is there the publication is finished, else it is dropped.
+target is there the publication is finished, else it is dropped. An operator's word is newer than ``.next``:
+a pin drops it, and the version it names stays what any version is that was rolled back.
 
 One process at a time changes a store (the daemon, or a command holding its lock); readers need no lock.
 Which files make a version, and whether they fit together, is deploy.manifest's and deploy.verify's.
@@ -101,6 +102,9 @@ class VersionStore(StoreReader):
     def roll_back(self, to: int | None = None, *, who: str, why: str) -> int:
         """Make an earlier version live and pin it, so that nothing newer is published over it.
 
+        A publication that broke off before its version was live is not finished any more, also after the
+        pin is released.
+
         Args:
             to: the version; by default the live one's parent.
 
@@ -127,6 +131,7 @@ class VersionStore(StoreReader):
         pin = self.pin()
         if pin is None:
             raise StoreError("no version is pinned; there is nothing to release")
+        atomic.remove_file(self.serving_dir / NEXT_NAME)  # left where a roll-back was cut short
         atomic.remove_file(self.serving_dir / PIN_NAME)
         _log.info("%s released the pin on version %d", who, pin.version)
         return pin
@@ -225,6 +230,8 @@ class VersionStore(StoreReader):
                 f"rolling back to version {pin.version} failed: {error}. The live version is what it was; "
                 "free space or mend the disk, then try again."
             ) from error
+        with contextlib.suppress(OSError):  # the pin is durable, and drops it at the latest when released
+            atomic.remove_file(self.serving_dir / NEXT_NAME)
 
     def _write_pin(self, pin: Pin | None) -> None:
         path = self.serving_dir / PIN_NAME
@@ -238,7 +245,7 @@ class VersionStore(StoreReader):
         if not upcoming.is_symlink():
             return []
         target = upcoming.readlink()
-        if not upcoming.is_dir():
+        if not upcoming.is_dir() or self.pin() is not None:
             atomic.remove_file(upcoming)
             return [f"dropped the unfinished publication of {target}"]
         atomic.rename(upcoming, self.serving_dir / CURRENT_NAME)

@@ -175,6 +175,16 @@ def test_a_roll_back_killed_at_any_step_is_finished_or_not_begun(base: Path) -> 
     assert ends == {("1", "False"), ("0", "True")}
 
 
+def test_a_roll_back_over_a_publication_that_broke_off_wins_or_is_not_begun(base: Path) -> None:
+    """Killed at any step: without the pin the publication is finished, with it it is dropped for good."""
+    VersionStore(base).publish(*stage_next(VersionStore(base), "1-cats"))
+    (base / "current").unlink()
+    (base / "current").symlink_to("versions/0")
+    (base / ".next").symlink_to("versions/1")
+    ends = {(current, pinned) for *_, current, pinned in run_killed(base, "roll_back")}
+    assert ends == {("1", "False"), ("0", "True")}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 pages of its own."""

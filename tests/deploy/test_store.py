@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -209,6 +210,39 @@ def test_a_recovery_after_release_does_not_roll_forward_again(store: VersionStor
     store.unpin("ann")
     assert store.recover() == []
     assert (store.current(), store.next_version()) == (0, 2)
+
+
+def test_a_publication_that_broke_off_is_not_finished_after_a_roll_back(
+    store: VersionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator spoke last: neither the release of the pin nor a recovery brings the newer version up."""
+    publish(store, "1-cats")
+    rename = atomic.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if target.name == "current":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "rename", refuse)
+        with pytest.raises(StoreError, match="version 2 is complete, but"):
+            publish(store, "2-dogs")
+    assert (store.serving_dir / ".next").is_symlink()
+    store.roll_back(to=0, who="ann", why="")
+    store.unpin("ann")
+    store.complete()
+    assert (store.current(), store.recover(), store.current()) == (0, [], 0)
+    assert (store.versions(), publish(store, "3-birds")) == ([0, 1, 2], 3)
+
+
+def test_releasing_a_pin_drops_what_a_roll_back_cut_short_left_announced(store: VersionStore) -> None:
+    """Killed after the pin and before the announcement was taken back; nobody ran a recovery."""
+    publish(store, "1-cats")
+    store.roll_back(to=0, who="ann", why="")
+    (store.serving_dir / ".next").symlink_to("versions/1")
+    store.unpin("ann")
+    assert (store.recover(), store.current()) == ([], 0)
 
 
 def test_rolling_back_to_what_cannot_be_served_is_refused(store: VersionStore) -> None:

@@ -6,7 +6,8 @@ import signal
 
 import pytest
 
-from daemon import service
+from daemon import requests, service
+from daemon.requests import Request
 from deploy import atomic
 from deploy.errors import StoreError
 
@@ -79,8 +80,9 @@ def test_a_fault_of_the_home_is_no_fault_of_the_batch(bench):
     bench.tick_until(lambda: bench.store.current() == 1)
 
 
-def test_a_publication_that_broke_off_before_current_is_completed(bench, monkeypatch):
-    """The version has its number already: it goes live at the next try, and is learnt once only."""
+@pytest.fixture
+def broken_off(bench, monkeypatch):
+    """A service whose publication of version 1 broke off before `current` was pointed at it."""
     rename, broken = atomic.rename, []
 
     def refuse_once(source, target):
@@ -92,6 +94,12 @@ def test_a_publication_that_broke_off_before_current_is_completed(bench, monkeyp
     monkeypatch.setattr("deploy.store.atomic.rename", refuse_once)
     bench.drop("cups")
     bench.tick_until(lambda: bench.service.trouble)
+    return bench
+
+
+def test_a_publication_that_broke_off_before_current_is_completed(broken_off):
+    """The version has its number already: it goes live at the next try, and is learnt once only."""
+    bench = broken_off
     assert "version 1 is complete, but `current` could not be pointed at it" in bench.service.trouble
     assert (bench.store.current(), bench.store.versions()) == (0, [0, 1])
     bench.now += service.TROUBLE_SECONDS
@@ -100,6 +108,23 @@ def test_a_publication_that_broke_off_before_current_is_completed(bench, monkeyp
     assert (bench.store.current(), bench.store.versions()) == (1, [0, 1])
     assert len(bench.spool.ids("done")) == 1
     assert bench.events().count("published") == bench.events().count("adapting") == 1
+
+
+def test_a_roll_back_wins_over_a_publication_that_broke_off(broken_off):
+    """The batch is done, as one is that was rolled back; nothing says that its version is live."""
+    bench = broken_off
+    requests.leave(bench.home, Request(command="rollback", to=0, why="no"))
+    bench.tick()
+    requests.leave(bench.home, Request(command="unpin"))
+    bench.tick()
+    bench.run()
+    [batch_id] = bench.spool.ids("done")
+    [outcome] = bench.service.outcomes
+
+    assert (bench.store.current(), bench.store.versions()) == (0, [0, 1])
+    assert (outcome["event"], outcome["version"], outcome["live"]) == ("published", 1, 0)
+    last = bench.spool.load(batch_id).attempts[-1]
+    assert last.outcome == "published as version 1, but version 0 was made live"
 
 
 def test_a_worker_killed_from_outside_counts_as_a_failed_attempt_and_keeps_its_checkpoint(bench):
