@@ -11,7 +11,6 @@ import pytest
 
 CLASS_NAMES = ("cat", "harbour", "red t-shirt", "handwritten letter", "pine tree", "bicycle")
 TEMPLATE = "a photo of a {}."
-BUNDLED = Path(__file__).parent.parent / "dynlora" / "bundled"
 
 
 class VersionMaker:
@@ -20,12 +19,15 @@ class VersionMaker:
     def __init__(self) -> None:
         import open_clip
 
-        open_clip.add_model_config(str(BUNDLED / "tiny-clip-v0.json"))
+        from dynlora.clip import BUNDLED_CONFIG, BUNDLED_WEIGHTS
+
+        self.architecture = BUNDLED_CONFIG.stem
+        open_clip.add_model_config(str(BUNDLED_CONFIG))
         self.model = open_clip.create_model(
-            "tiny-clip-v0", pretrained=str(BUNDLED / "open_clip_model.safetensors"), precision="fp32"
+            self.architecture, pretrained=str(BUNDLED_WEIGHTS), precision="fp32"
         ).eval()
-        self.tokenizer = open_clip.get_tokenizer("tiny-clip-v0")
-        self.model_cfg = open_clip.get_model_config("tiny-clip-v0")
+        self.tokenizer = open_clip.get_tokenizer(self.architecture)
+        self.model_cfg = open_clip.get_model_config(self.architecture)
         self.preprocess_cfg = open_clip.get_model_preprocess_cfg(self.model)
         self.image_size: tuple[int, int] = self.model.visual.image_size
         self.context_length: int = self.model.context_length
@@ -67,7 +69,7 @@ class VersionMaker:
         from deploy.manifest import Manifest, record_files
 
         return Manifest(
-            architecture="tiny-clip-v0",
+            architecture=self.architecture,
             embed_dim=self.model_cfg["embed_dim"],
             context_length=self.context_length,
             logit_scale=self.model.logit_scale.exp().item(),
@@ -93,20 +95,21 @@ class VersionMaker:
         """Return a small random update of one image and one text matrix, k rows of attention included."""
         from deploy.delta import Delta, Factor
 
-        rng, width = np.random.default_rng(seed), self.model_cfg["vision_cfg"]["width"]
+        rng = np.random.default_rng(seed)
+        shapes = {key: tuple(value.shape) for key, value in self.model.state_dict().items()}
 
         def factor(key: str, start: int, stop: int) -> Factor:
-            shapes = ((stop - start, rank), (rank, width), (rank,))
+            parts = ((stop - start, rank), (rank, shapes[key][1]), (rank,))
             return Factor(
-                key, start, stop, *(scale**0.5 * rng.standard_normal(s).astype(np.float32) for s in shapes)
+                key, start, stop, *(scale**0.5 * rng.standard_normal(s).astype(np.float32) for s in parts)
             )
 
-        return Delta(
-            [
-                factor("visual.transformer.resblocks.1.attn.in_proj_weight", width, 2 * width),
-                factor("transformer.resblocks.2.mlp.c_fc.weight", 0, 4 * width),
-            ]
+        text = "transformer.resblocks.2.mlp.c_fc.weight"
+        fused = next(  # several square matrices above each other
+            k for k, s in shapes.items() if "visual." in k and ".attn." in k and len(s) == 2 and s[0] > s[1]
         )
+        width = shapes[fused][1]
+        return Delta([factor(fused, width, 2 * width), factor(text, 0, shapes[text][0])])
 
     def stage_random(self, serving_dir: Path, seed: int, *, batch: str | None = None) -> tuple[Path, Any]:
         """Stage the live version with a random delta folded in; return (staging, manifest)."""
@@ -154,8 +157,10 @@ def version_dir(version_maker: VersionMaker, tmp_path_factory: pytest.TempPathFa
     """Path of a complete published version 0; read-only."""
     import safetensors.torch
 
+    from dynlora.clip import BUNDLED_WEIGHTS
+
     # Another test may have left other weights in the model.
-    state = safetensors.torch.load_file(BUNDLED / "open_clip_model.safetensors")
+    state = safetensors.torch.load_file(BUNDLED_WEIGHTS)
     version_maker.model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return version_maker.publish_first(tmp_path_factory.mktemp("store") / "serving")
 

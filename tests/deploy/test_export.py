@@ -30,8 +30,9 @@ from pathlib import Path
 import open_clip, torch
 from deploy.export import export_graphs
 torch.manual_seed(5)
-open_clip.add_model_config("dynlora/bundled/tiny-clip-v0.json")
-model = open_clip.create_model("tiny-clip-v0").train()
+from dynlora.clip import BUNDLED_CONFIG
+open_clip.add_model_config(BUNDLED_CONFIG)
+model = open_clip.create_model(BUNDLED_CONFIG.stem).train()
 export_graphs(model, Path(sys.argv[1]), context_length=model.context_length, image_size=64)
 assert model.training and torch.backends.mha.get_fastpath_enabled()
 """
@@ -136,7 +137,9 @@ def test_any_batch_size_gives_torchs_embeddings(version_dir: Path, version_maker
     """Batches of 1, 2, 3, 7 and 64 run, and each row is what torch computes for it."""
     import open_clip
 
-    model = open_clip.create_model("tiny-clip-v0", pretrained=str(version_dir / "weights.safetensors"))
+    model = open_clip.create_model(
+        version_maker.architecture, pretrained=str(version_dir / "weights.safetensors")
+    )
     given, returned, method = IO[name]
     session, rows = open_session(version_dir / name), inputs_of(version_dir)[given]
     for batch in (1, 2, 3, 7, 64):

@@ -38,7 +38,7 @@ def manifest(**changes: Any) -> Manifest:
         "kind": "update",
         "batch": BATCH,
         "lineage": [{"batch": "1-cats", "delta_sha256": "1" * 64}],
-        "architecture": "tiny-clip-v0",
+        "architecture": "ViT-B-16",
         "embed_dim": 128,
         "context_length": 77,
         "logit_scale": 100.0,

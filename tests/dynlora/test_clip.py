@@ -37,7 +37,7 @@ def test_a_local_checkpoint_file_gives_the_same_model(bundled, tmp_path, suffix)
     state = state_arrays(bundled.model)
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
 
-    assert _same(load_clip("tiny-clip-v0", str(path)), bundled)
+    assert _same(load_clip(BUNDLED_CONFIG.stem, str(path)), bundled)
 
 
 def test_a_local_directory_with_config_and_weights_gives_the_same_model(bundled, tmp_path):
@@ -56,7 +56,7 @@ def test_a_version_is_rebuilt_from_its_config_and_weights(bundled, tmp_path):
     config = {"model_cfg": bundled.model_cfg, "preprocess_cfg": bundled.preprocess_cfg}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(state_arrays(bundled.model), tmp_path / "weights.safetensors")
-    loaded = load_version(tmp_path / "config.json", tmp_path / "weights.safetensors", "tiny-clip-v0")
+    loaded = load_version(tmp_path / "config.json", tmp_path / "weights.safetensors", BUNDLED_CONFIG.stem)
 
     assert _same(loaded, bundled)
     assert loaded.tokenizer(["a cat"]).equal(bundled.tokenizer(["a cat"]))
@@ -70,8 +70,8 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
             return (open, (str(tmp_path / "it-ran"), "w"))
 
     torch.save({"state_dict": Bomb()}, tmp_path / "weights.pt")
-    with pytest.raises(ModelError, match="cannot load tiny-clip-v0"):
-        load_clip("tiny-clip-v0", str(tmp_path / "weights.pt"))
+    with pytest.raises(ModelError, match=f"cannot load {BUNDLED_CONFIG.stem}"):
+        load_clip(BUNDLED_CONFIG.stem, str(tmp_path / "weights.pt"))
 
     assert not (tmp_path / "it-ran").exists()
 
