@@ -44,6 +44,7 @@ class Claim(BaseModel):
     submitter: str | None
     received_at: str  # UTC, ISO 8601
     warnings: list[str] = []
+    attempts: int = 0  # begun to read it and not ended, neither well nor badly: the process was gone
 
 
 def read_claim(directory: Path) -> Claim:
@@ -84,7 +85,7 @@ def stake(items: Sequence[Item], inbox: Path, *, spool: Spool, seq: int, receive
     with space_for(f"{', '.join(claim.items)} stays in the inbox {LATER}"):
         try:
             atomic.make_dir(directory)
-            _write(claim, directory)
+            write_claim(claim, directory)
         except OSError:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -105,7 +106,7 @@ def gather(claim: Claim, spool: Spool) -> Claim:
             warnings = _take(claim, number, name, spool)
             if warnings:
                 claim = claim.model_copy(update={"warnings": [*claim.warnings, *warnings]})
-                _write(claim, directory)
+                write_claim(claim, directory)
     return claim
 
 
@@ -137,7 +138,8 @@ def space_for(what: str) -> Iterator[None]:
         raise NoSpaceError(f"the disk is full{where}; {what}") from error
 
 
-def _write(claim: Claim, directory: Path) -> None:
+def write_claim(claim: Claim, directory: Path) -> None:
+    """Put claim.json into `directory`, durably."""
     atomic.write_file(directory / CLAIM_FILE, (claim.model_dump_json(indent=1) + "\n").encode())
 
 

@@ -142,18 +142,10 @@ class _Composition:
         for key, group in list(self.classes.items()):
             usable = len(group.pictures)
             if usable < needed:
-                found = (
-                    f"it has {usable} usable image{'' if usable == 1 else 's'}"
-                    if usable
-                    else "it holds no file"
-                )
+                reason = too_few(usable, needed)
                 if not usable and any(folder.files for folder in group.folders):
-                    found = "none of its files is a usable image"
-                self._drop_class(
-                    key,
-                    f"{found}; a class needs at least {needed} (inbox.min_images_per_class): "
-                    f"add images and drop the folder again",
-                )
+                    reason = too_few(usable, needed, found="none of its files is a usable image")
+                self._drop_class(key, reason)
 
     def split(self, history: History) -> dict[str, str]:
         """The split of every image; classes with nothing left to learn from are set aside."""
@@ -229,6 +221,15 @@ def compose(claim: Claim, layouts: Sequence[Layout], *, base: Path, context: Con
         images=images,
         set_aside=work.set_aside,
         warnings=[*claim.warnings, *work.warnings],
+    )
+
+
+def too_few(usable: int, needed: int, *, found: str | None = None) -> str:
+    """Why a class with so few usable images is set aside, and what to do."""
+    plain = f"it has {usable} usable image{'' if usable == 1 else 's'}" if usable else "it holds no file"
+    return (
+        f"{found or plain}; a class needs at least {needed} (inbox.min_images_per_class): "
+        f"add images and drop the folder again"
     )
 
 

@@ -6,24 +6,26 @@ Up to batch.json the work is done again after a crash; from there on it is carri
 incoming/. Knows nothing of learning; what is live it is told.
 """
 
-import errno
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from daemon import logs
 from daemon.batch import BATCH_FILE, Batch, read_batch
-from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake, unfinished
+from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake, unfinished, write_claim
 from daemon.compose import Context, Known, KnownClass, compose
 from daemon.config import Config
+from daemon.delivery import flush, move_images
 from daemon.errors import DaemonError, InboxError, NoSpaceError, Stopped
 from daemon.inbox import Item, Problem, Scan, empty_folders, ready_items, scan_inbox
 from daemon.source import read_source
 from daemon.spool import Reason, Spool, State
 from deploy import atomic
 
+MAX_CRASHES = 3  # one says nothing about the drop: the daemon may have been killed
 _AGAIN = "correct that and drop it again; what was sent is kept with the batch"
 
 
@@ -48,12 +50,14 @@ class Intake:
     scan: Scan = field(default_factory=Scan)
     problems: tuple[Problem, ...] = ()
     waits: str | None = None  # why nothing is taken in now, such as a full disk
+    _counted: set[str] = field(default_factory=set)  # claims whose attempt counter this process raised
 
     def step(self, now: float) -> list[IntakeEvent]:
         """Finish what was begun, then take in what is ready.
 
         Raises:
             InboxError: the inbox cannot be read; says what to do.
+            DeployError: the version store cannot be read; nothing is failed for that, every claim stays.
         """
         events: list[IntakeEvent] = []
         told, self.waits = self.waits, None
@@ -144,13 +148,16 @@ class Intake:
     def _finish(self, batch: str) -> IntakeEvent:
         """Bring a claimed batch out of incoming/."""
         directory = self.spool.state_dir("incoming") / batch
+        is_composed = (directory / BATCH_FILE).exists()
+        # Out here, because a fault of the home is none of the drop: the claim stays until that is mended.
+        context = Context(self.config) if is_composed else self._context(batch)
         try:
             for leftover in directory.glob(f"{atomic.TEMPORARY_PREFIX}*"):
                 atomic.remove_tree(leftover)  # a copy or an unpacking that was cut short
             claim = gather(read_claim(directory), self.spool)
             with space_for(f"{batch} is kept in {directory} {LATER}"):
-                if not (directory / BATCH_FILE).exists():
-                    self._compose(claim, directory)
+                if not is_composed:
+                    self._compose_once(claim, directory, context)
                 return self._deliver(read_batch(directory), directory)
         except (NoSpaceError, Stopped):
             raise
@@ -161,12 +168,35 @@ class Intake:
             what = f"it could not be read ({type(error).__name__}: {error})"
             return self._fail(batch, directory, what, [])
 
-    def _compose(self, claim: Claim, directory: Path) -> None:
+    def _context(self, batch: str) -> Context:
+        history = self.spool.history(without=batch)
+        return Context(self.config, self._known_and_coming(), history, self.should_stop)
+
+    def _compose_once(self, claim: Claim, directory: Path, context: Context) -> None:
+        """As _compose; a drop that ends the process each time it is read is not read for ever."""
+        is_counted = claim.id in self._counted
+        before = claim.attempts - is_counted
+        if before >= MAX_CRASHES:
+            raise InboxError(
+                f"the daemon ended {before} times in a row while it read this drop, "
+                "which one of its files may have caused; find that file and leave it out"
+            )
+        if not is_counted:
+            write_claim(claim.model_copy(update={"attempts": before + 1}), directory)
+            self._counted.add(claim.id)
+        try:
+            self._compose(claim, directory, context)
+        except BaseException:
+            with suppress(OSError):  # a full disk: this process at least will not count it twice
+                write_claim(claim.model_copy(update={"attempts": before}), directory)
+                self._counted.discard(claim.id)
+            raise
+
+    def _compose(self, claim: Claim, directory: Path, context: Context) -> None:
         layouts = read_source(claim, directory, config=self.config.inbox)
-        history = self.spool.history(without=claim.id)
-        context = Context(self.config, self._known_and_coming(), history, self.should_stop)
         record = compose(claim, layouts, base=directory, context=context)
         record = record.model_copy(update={"duplicate_of": self._duplicate_of(record, context.known)})
+        flush(directory)  # first: what the record names must be there after a power cut
         atomic.write_file(directory / BATCH_FILE, record.to_json().encode())
 
     def _known_and_coming(self) -> Known:
@@ -195,16 +225,12 @@ class Intake:
 
     def _deliver(self, record: Batch, directory: Path) -> IntakeEvent:
         """Carry out batch.json: move the images, then the batch."""
+        record = move_images(record, directory, min_images=self.config.inbox.min_images_per_class)
         if not record.classes:
             aside = [item.sentence for item in record.set_aside]
             causes = aside or record.warnings
             reason = causes[0] if len(causes) == 1 else "no class in it has enough usable images"
             return self._fail(record.id, directory, reason, [*aside, *record.warnings])
-        for folder in {Path(image.file).parent for image in record.images}:
-            atomic.make_dir(directory / folder)
-        for image in record.images:
-            _move_or_copy(directory / image.origin, directory / image.file)
-        atomic.fsync_tree(directory)
         state: State = "done" if record.duplicate_of else "queued"
         self.spool.move(record.id, state)
         names = ", ".join(entry.name for entry in record.classes)
@@ -227,15 +253,3 @@ class Intake:
                 )
             )
         return IntakeEvent("batch_failed", f"{batch} was not taken in: {reason}. It is kept in {path}", batch)
-
-
-def _move_or_copy(source: Path, target: Path) -> None:
-    if target.exists():
-        return
-    try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno not in {errno.EACCES, errno.EPERM}:
-            raise
-        # A folder inside the drop belongs to somebody else and keeps its entries: the image is copied.
-        atomic.write_file(target, source.read_bytes())

@@ -1,0 +1,121 @@
+"""Carry out batch.json: bring its images from where they lay to images/, as often as it takes.
+
+What was checked may be gone when it is to be moved, for whoever dropped it may still hold its folder. Then
+the record is changed to what is left; the others are learnt.
+"""
+
+import errno
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from daemon.batch import BATCH_FILE, Batch, BatchImage, SetAside, content_sha256
+from daemon.compose import too_few
+from deploy import atomic
+
+_GONE = "it disappeared after it was checked and before it could be moved; send it again"
+
+
+def flush(directory: Path) -> None:
+    """Bring everything below `directory` to the disk, but for what may not be opened or left meanwhile."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for file in (Path(folder, name) for name in names):
+            if not file.is_symlink() and file.is_file():
+                with suppress(PermissionError, FileNotFoundError):
+                    atomic.fsync_file(file)
+        _flush_folder(Path(folder))
+
+
+def move_images(record: Batch, directory: Path, *, min_images: int) -> Batch:
+    """Move every image to its place; returns the record, rewritten on disk where images were gone.
+
+    Harmless to repeat. The files themselves must have been flushed; their new names are when this returns.
+
+    Raises:
+        OSError: the spool failed.
+    """
+    while True:
+        record = _leave_out_gone(record, directory, min_images)
+        for folder in {Path(image.file).parent for image in record.images}:
+            atomic.make_dir(directory / folder)
+        try:
+            for image in record.images:
+                _move_or_copy(directory / image.origin, directory / image.file)
+        except FileNotFoundError:
+            if not _gone(record, directory):
+                raise
+            continue
+        for name, _, _ in os.walk(directory, topdown=False):
+            _flush_folder(Path(name))
+        return record
+
+
+def _leave_out_gone(record: Batch, directory: Path, min_images: int) -> Batch:
+    gone = _gone(record, directory)
+    if not gone:
+        return record
+    rest = without(record, gone, min_images=min_images)
+    kept = {image.file for image in rest.images}
+    for image in record.images:  # of a class that became too small: set aside where the record names it
+        if image.file not in kept and (directory / image.file).exists():
+            atomic.make_dir((directory / image.origin).parent)
+            atomic.rename(directory / image.file, directory / image.origin)
+    atomic.write_file(directory / BATCH_FILE, rest.to_json().encode())
+    return rest
+
+
+def _gone(record: Batch, directory: Path) -> list[BatchImage]:
+    return [
+        image
+        for image in record.images
+        if not (directory / image.file).exists() and not _is_file(directory / image.origin)
+    ]
+
+
+def without(record: Batch, gone: Collection[BatchImage], *, min_images: int) -> Batch:
+    """The record of what is left when these images are gone. Pure."""
+    lost = {image.file for image in gone}
+    aside = [SetAside(file=image.origin, reason=_GONE) for image in gone]
+    images: list[BatchImage] = []
+    classes = []
+    for entry in record.classes:
+        of_class = [image for image in record.images if image.class_key == entry.key]
+        left = [image for image in of_class if image.file not in lost]
+        if len(left) >= min_images and any(image.split == "train" for image in left):
+            classes.append(entry)
+            images += left
+            continue
+        reason = too_few(len(left), min_images)
+        if len(left) >= min_images:
+            reason = "none of the images left in it may be learnt from; add images and drop the folder again"
+        folders = sorted({str(Path(image.origin).parent) for image in of_class})
+        aside += [SetAside(file=folder, reason=reason) for folder in folders]
+    changes = {
+        "classes": classes,
+        "images": images,
+        "set_aside": [*record.set_aside, *aside],
+        "content_sha256": content_sha256((image.class_key, image.sha256) for image in images),
+    }
+    return record.model_copy(update=changes)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    with suppress(PermissionError, FileNotFoundError):
+        atomic.fsync_dir(folder)
+
+
+def _move_or_copy(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM}:
+            raise
+        # A folder inside the drop belongs to somebody else and keeps its entries: the image is copied.
+        atomic.write_file(target, source.read_bytes())
