@@ -11,9 +11,9 @@ from typing import Any
 
 from daemon import logs, operations, retention
 from daemon.config import Config
-from daemon.errors import DaemonError
 from daemon.events import EventLog
 from daemon.lifecycle import Launch, Lifecycle
+from daemon.part import Part
 from daemon.progress import View
 from daemon.publish import Publisher
 from daemon.reception import Reception
@@ -24,8 +24,6 @@ from daemon.status import StatusFile, pin_fields
 from deploy.errors import DeployError
 from deploy.store import VersionStore
 
-TROUBLE_SECONDS = 10.0  # how long to leave a full or broken disk alone before the next try
-TROUBLE_SECONDS_AT_MOST = 320.0  # the wait doubles up to this while the same trouble comes back
 SWEEP_SECONDS = 600.0
 OUTCOMES = ("published", "held", "failed", "duplicate")
 
@@ -35,7 +33,6 @@ class Service:
 
     Attributes:
         outcomes: the events that ended a batch since the start, for the summary of `run --once`.
-        trouble: why nothing moves at the moment, in a sentence; None when all is well.
     """
 
     def __init__(self, home: Path, config: Config, *, view: View, launch: Launch) -> None:
@@ -47,11 +44,10 @@ class Service:
         self.reception = Reception(home, config, tell=self.tell)
         publisher = Publisher(home, config, self._spool, self._store, self.tell)
         self._lifecycle = Lifecycle(publisher, launch)
-        self._paused_until = self._sweep_at = 0.0
-        self._pause = TROUBLE_SECONDS
-        self._last_trouble: str | None = None  # kept when it seems over, until something else happens
+        self._requests, self._inbox, self._learning, self._cleaning = (Part() for _ in range(4))
+        self._parts = (self._learning, self._inbox, self._requests, self._cleaning)
+        self._sweep_at = 0.0
         self.outcomes: list[dict[str, Any]] = []
-        self.trouble: str | None = None
 
     def start(self) -> None:
         """Finish or undo what a killed daemon left behind.
@@ -74,40 +70,34 @@ class Service:
     def tick(self, now: float) -> bool:
         """One iteration; says whether the next one should follow at once.
 
-        Trouble with the disk is told once and tried again later; nothing is lost by it.
+        Each part has its own trouble: an inbox that cannot be read stops no worker and no publication.
         """
-        is_busy = False
-        try:
-            execute_pending(self._home, self._execute)
-            if now >= self._paused_until:
-                self.reception.tick(now)
-                self._lifecycle.observe(now)
-                is_busy = self._lifecycle.advance(now)
-                self._sweep(now)
-                self.trouble = None
-        except (OSError, DaemonError, DeployError) as error:
-            self._pause_for(str(error), now)
+        self._requests.attempt(lambda: execute_pending(self._home, self._execute), now)
+        self._inbox.attempt(lambda: self.reception.tick(now), now)
+        is_busy = self._learning.attempt(lambda: self._learn(now), now)
+        self._cleaning.attempt(lambda: self._sweep(now), now)
         self._show()
         return is_busy
 
-    def _pause_for(self, why: str, now: float) -> None:
-        if why == self._last_trouble:
-            self._pause = min(2 * self._pause, TROUBLE_SECONDS_AT_MOST)
-        else:
-            self._pause = TROUBLE_SECONDS
-            logs.log("trouble", level=logging.ERROR, why=why, next_try_seconds=self._pause)
-        self._paused_until = now + self._pause
-        self.trouble = self._last_trouble = why
+    def _learn(self, now: float) -> bool:
+        self._lifecycle.observe(now)
+        return self._lifecycle.advance(now)
+
+    @property
+    def trouble(self) -> str | None:
+        """What does not go on at the moment and why, in a sentence per part; None when all is well."""
+        return "; ".join(dict.fromkeys(part.trouble for part in self._parts if part.trouble)) or None
 
     def is_idle(self) -> bool:
         """Nothing is left to do: no drop on its way in, no batch to learn (or a pin keeps them waiting)."""
         return self.reception.is_idle and self._is_worked_off()
 
     def why_stuck(self) -> str | None:
-        """Why waiting will not help, in a sentence: trouble, or a full disk at the door and nothing else to
-        do. None as long as something moves.
+        """Why waiting will not help, in a sentence: trouble with learning, or trouble at the door and nothing
+        else to do. None as long as something moves.
         """
-        return self.trouble or (self.reception.waits if self._is_worked_off() else None)
+        at_the_door = self._inbox.trouble or self.reception.waits
+        return self._learning.trouble or (at_the_door if self._is_worked_off() else None)
 
     def _is_worked_off(self) -> bool:
         if self._lifecycle.working is not None:
@@ -133,7 +123,7 @@ class Service:
         """Say that something happened, to the log and to events.jsonl, after it is on disk."""
         logs.log(event, level=level, **fields)
         if event in OUTCOMES:
-            self._last_trouble = None
+            self._learning.forget()
             self.outcomes.append({"event": event, **fields})
         try:
             self._events.append(event, **fields)
@@ -143,7 +133,8 @@ class Service:
 
     def _execute(self, request: Request) -> Answer:
         answer = operations.apply(request, self._store, self.tell)
-        self._paused_until = 0.0  # what was in the way may be out of it
+        for part in self._parts:
+            part.wake()
         return answer
 
     def _sweep(self, now: float) -> None:
@@ -174,7 +165,7 @@ class Service:
         self._status.write(content, now_or_later=working is not None and "step" in working)
 
     def _state(self, *, is_pinned: bool) -> str:
-        if self.trouble is not None:
+        if self._learning.trouble or (self.trouble and self._lifecycle.working is None):
             return "waiting"
         if is_pinned:
             return "pinned"

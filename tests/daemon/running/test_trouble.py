@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from daemon import requests, service
+from daemon import part, requests
 from daemon.requests import Request
 from deploy import atomic
 from deploy.errors import StoreError
@@ -61,7 +61,7 @@ def test_a_fault_of_the_home_is_no_fault_of_the_batch(bench):
     for wait in (1, 2, 4, 8):  # times the first wait: no worker is started again and again for nothing
         bench.tick_until(lambda: bench.service.trouble)
         started = bench.events().count("adapting")
-        bench.now += wait * service.TROUBLE_SECONDS - 0.1
+        bench.now += wait * part.TROUBLE_SECONDS - 0.1
         bench.tick()
         assert bench.events().count("adapting") == started
         bench.now += 0.1
@@ -76,7 +76,7 @@ def test_a_fault_of_the_home_is_no_fault_of_the_batch(bench):
     assert not {"attempt_failed", "failed"} & set(bench.events())
 
     bench.behave()
-    bench.now += service.TROUBLE_SECONDS_AT_MOST
+    bench.now += part.TROUBLE_SECONDS_AT_MOST
     bench.tick_until(lambda: bench.store.current() == 1)
 
 
@@ -102,7 +102,7 @@ def test_a_publication_that_broke_off_before_current_is_completed(broken_off):
     bench = broken_off
     assert "version 1 is complete, but `current` could not be pointed at it" in bench.service.trouble
     assert (bench.store.current(), bench.store.versions()) == (0, [0, 1])
-    bench.now += service.TROUBLE_SECONDS
+    bench.now += part.TROUBLE_SECONDS
     bench.run()
 
     assert (bench.store.current(), bench.store.versions()) == (1, [0, 1])
@@ -177,8 +177,33 @@ def test_too_little_disk_space_keeps_the_batch_waiting_and_says_so(bench, monkey
     assert bench.spool.load(batch_id).attempts == []
 
     monkeypatch.undo()
-    bench.now += service.TROUBLE_SECONDS
+    bench.now += part.TROUBLE_SECONDS
     bench.tick_until(lambda: bench.store.current() == 1)
+
+
+def test_an_inbox_that_cannot_be_read_stops_neither_the_worker_nor_publishing(bench):
+    """The trouble is told; what was taken in before is learnt and goes live; then the inbox is back."""
+    bench.behave(steps=20, step_seconds=0.02)
+    bench.drop("cups")
+    bench.tick_until(lambda: bench.service._lifecycle.working)
+    inbox = bench.home / "inbox"
+    inbox.rmdir()
+    inbox.write_text("no folder")
+    bench.service.reception.wake.set()
+    bench.tick()
+    assert "inbox" in bench.service.trouble
+    assert json.loads((bench.home / "status.json").read_text())["state"] == "working"
+    assert bench.service.why_stuck() is None
+    bench.tick_until(lambda: bench.spool.ids("done"))
+
+    assert bench.store.current() == 1
+    assert "inbox" in bench.service.why_stuck()
+    inbox.unlink()
+    inbox.mkdir()
+    bench.now += part.TROUBLE_SECONDS_AT_MOST
+    bench.drop("plates")
+    bench.run()
+    assert (bench.store.current(), bench.service.trouble) == (2, None)
 
 
 def test_a_damaged_batch_record_fails_that_batch_alone(bench):
