@@ -58,6 +58,8 @@ class SetAside(_Record):
     def sentence(self) -> str:
         """For people: the file as its sender knows it, and why."""
         shown = re.sub(r"^(source|unpacked-[0-9]+)/(submit-[0-9a-f]{8}/)?", "", self.file)
+        # A name may hold line breaks and codes that steer a terminal.
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
         return f"{shown} was set aside: {self.reason}"
 
 
@@ -127,6 +129,14 @@ def read_batch(directory: Path) -> Batch:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BatchError(f"{path} is damaged: {where}: {first['msg']}; drop the images again") from error
+
+
+def why_not_after_held(producer_id: str | None, twin: str) -> str:
+    """Why a batch is not learnt that has the producer's id of one that was held, and what to do."""
+    return (
+        f"its id {producer_id!r} is that of {twin}, which was held and not published; "
+        "give it another id to have it tried again"
+    )
 
 
 def batch_id(seq: int, slug: str) -> str:

@@ -84,8 +84,9 @@ def run(options: Options, *, once: bool) -> None:
     events = {outcome["event"] for outcome in found["outcomes"]}
     options.show(found, lambda: _say_outcomes(found, once=once))
     if once:
+        is_held = "held" in events or any(outcome.get("is_held") for outcome in found["outcomes"])
         has_failed = "failed" in events or found["signal"] is not None  # cut short, the work is not done
-        sys.exit(FAILED if has_failed else HELD if "held" in events else 0)
+        sys.exit(FAILED if has_failed else HELD if is_held else 0)
 
 
 @click.command()
@@ -204,6 +205,10 @@ def _outcome_line(outcome: dict[str, Any]) -> str:
     event, batch = outcome["event"], outcome.get("batch")
     if event == "published":
         return f"{batch} is live as version {outcome['version']}"
+    if outcome.get("is_held"):
+        return str(outcome["why"])
+    if event == "held" and "duplicate_of" in outcome:
+        return f"{batch} was not learnt: {outcome['why']}"
     if event == "duplicate":
         return f"{batch} was not learnt again: {outcome['duplicate_of']} brought the same"
     return f"{batch} {'was held' if event == 'held' else 'failed'}: {outcome.get('why')}"

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from daemon import logs
-from daemon.batch import BATCH_FILE, Batch, read_batch
+from daemon.batch import BATCH_FILE, Batch, read_batch, why_not_after_held
 from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake, unfinished, write_claim
 from daemon.compose import Context, Known, KnownClass, compose
 from daemon.config import Config
@@ -218,7 +218,7 @@ class Intake:
                 continue
             if record.producer_id is not None and other.producer_id == record.producer_id:
                 return other.duplicate_of or other.id
-            is_open = self.spool.find(other.id) != "done"
+            is_open = self.spool.find(other.id) in {"work", "queued"}  # what was held may be tried again
             if is_open and record.images and other.content_sha256 == record.content_sha256:
                 return other.duplicate_of or other.id
         return known.contents.get(record.content_sha256) if record.images else None
@@ -236,6 +236,9 @@ class Intake:
         names = ", ".join(entry.name for entry in record.classes)
         if record.duplicate_of:
             message = f"{record.id} brings the same as {record.duplicate_of} did and is not learnt again"
+            if self.spool.find(record.duplicate_of) == "held":
+                why = why_not_after_held(record.producer_id, record.duplicate_of)
+                message = f"{record.id} was not learnt: {why}"
             return IntakeEvent("batch_duplicate", message, record.id)
         count = f"; {len(record.set_aside)} set aside" if record.set_aside else ""
         message = f"{record.id} is queued: {len(record.images)} images of {names}{count}"

@@ -47,8 +47,13 @@ class Reception:
     def _pass_on(self, event: IntakeEvent) -> None:
         name, level = _EVENTS[event.event]
         if name == "duplicate":
-            twin = self._intake.spool.load(event.batch or "").duplicate_of
-            self._tell(name, level, batch=event.batch, duplicate_of=twin)
+            spool = self._intake.spool
+            twin = spool.load(event.batch or "").duplicate_of
+            if twin is not None and spool.find(twin) == "held":
+                why = {"is_held": True, "why": event.message}
+                self._tell(name, logging.WARNING, batch=event.batch, duplicate_of=twin, **why)
+            else:
+                self._tell(name, level, batch=event.batch, duplicate_of=twin)
         elif name == "queued":
             self._tell(name, level, batch=event.batch, what=event.message)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from daemon.batch import Batch
+from daemon.batch import Batch, why_not_after_held
 from daemon.errors import BatchError, RequestError
 from daemon.layout import SUBMITTED_FILE
 from daemon.lock import holder
@@ -92,6 +92,9 @@ def _outcome(home: Path, spool: Spool, state: State, batch_id: str) -> dict[str,
     if state != "done":
         return None
     batch: Batch = spool.load(batch_id)
+    if (twin := batch.duplicate_of) is not None and spool.find(twin) == "held":
+        why = why_not_after_held(batch.producer_id, twin)
+        return {"event": "held", "batch": batch_id, "duplicate_of": twin, "why": why}
     if batch.duplicate_of is not None:
         return {"event": "duplicate", "batch": batch_id, "duplicate_of": batch.duplicate_of}
     published = VersionStore(home / "serving").published_batches()[batch_id]
