@@ -6,6 +6,7 @@ last line is skipped, and what is missing after a crash is told again from the m
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -18,21 +19,28 @@ EVENTS_NAME = "events.jsonl"
 
 
 class EventLog:
-    """Append-only record of a home's events.
+    """Append-only record of a home's events; one process at a time appends.
 
-    Every line has `at` (UTC), `event` and, where they apply, `batch` and `version`. `open` starts a new file
-    when the log has grown beyond `max_bytes`.
+    Every line has `at` (UTC), `event` and, where they apply, `batch` and `version`.
+
+    Args:
+        max_bytes: a new file is started when the log has grown beyond this; None for never.
     """
 
-    def __init__(self, home: Path, *, max_bytes: int = 10_000_000) -> None:
+    def __init__(self, home: Path, *, max_bytes: int | None = None) -> None:
         self._path = home / EVENTS_NAME
         self._max_bytes = max_bytes
 
     def append(self, event: str, *, at: datetime | None = None, **fields: Any) -> dict[str, Any]:
-        """Write one event and return it. `at` defaults to now; fields that are None are left out."""
+        """Write one event and return it. `at` defaults to now; fields that are None are left out.
+
+        Raises:
+            OSError: the disk is full; a torn line is passed over by readers and ended by the next append.
+        """
         moment = (at or datetime.now(UTC)).astimezone(UTC)
         entry = {"at": moment.isoformat(timespec="milliseconds"), "event": event}
         entry |= {key: value for key, value in fields.items() if value is not None}
+        self._make_fit()
         atomic.append_line(self._path, json.dumps(entry, ensure_ascii=False))
         return entry
 
@@ -41,18 +49,20 @@ class EventLog:
         rotated = sorted(self._path.parent.glob("events-*.jsonl"))
         return [entry for path in [*rotated, self._path] for entry in _entries(path)]
 
-    def open(self) -> None:
-        """Make the log fit to append to: end a torn last line, start a new file when this one has grown."""
+    def _make_fit(self) -> None:
+        """End a torn last line, start a new file when this one has grown."""
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
             return
-        if size > self._max_bytes:
+        if self._max_bytes is not None and size > self._max_bytes:
             # Nanoseconds in fixed width sort in the order of rotation.
             atomic.rename(self._path, self._path.with_name(f"events-{time.time_ns():020d}.jsonl"))
-        elif size and self._path.read_bytes()[-1:] != b"\n":
-            with self._path.open("ab") as file:
-                file.write(b"\n")
+        elif size:
+            with self._path.open("rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:

@@ -59,7 +59,6 @@ class Service:
         live = self._store.current()
         self._spool.recover()
         retention.remove_leftovers(self._home)
-        self._events.open()
         batches = [(state, batch) for state in STATES for batch in self._spool.batches(state)]
         manifests = [self._store.manifest(version) for version in self._store.versions()]
         for event in missing_events(self._events.read(), manifests, batches):
