@@ -20,7 +20,7 @@ from daemon.reception import Reception
 from daemon.recovery import missing_events
 from daemon.requests import Answer, Request, execute_pending
 from daemon.spool import STATES, Spool
-from daemon.status import StatusFile, pin_fields
+from daemon.status import StatusFile, is_full_disk, pin_fields
 from deploy.errors import DeployError
 from deploy.store import VersionStore
 
@@ -44,17 +44,24 @@ class Service:
         self.reception = Reception(home, config, tell=self.tell)
         publisher = Publisher(home, config, self._spool, self._store, self.tell)
         self._lifecycle = Lifecycle(publisher, launch)
-        self._requests, self._inbox, self._learning, self._cleaning = (Part() for _ in range(4))
+        self._requests, self._inbox, self._learning, self._cleaning = (Part(self._explain) for _ in range(4))
         self._parts = (self._learning, self._inbox, self._requests, self._cleaning)
+        self._is_recovered = False
         self._sweep_at = 0.0
         self.outcomes: list[dict[str, Any]] = []
 
     def start(self) -> None:
-        """Finish or undo what a killed daemon left behind.
+        """Finish or undo what a killed daemon left behind. Where the disk is full, `tick` tries again.
 
         Raises:
             DeployError: the version store cannot be used, `current` points nowhere for one; says what to do.
         """
+        try:
+            self._recover()
+        except OSError as error:
+            self._learning.rest(error, now=0.0)
+
+    def _recover(self) -> None:
         self._store.recover()
         live = self._store.current()
         self._spool.recover()
@@ -62,8 +69,10 @@ class Service:
         batches = [(state, batch) for state in STATES for batch in self._spool.batches(state)]
         manifests = [self._store.manifest(version) for version in self._store.versions()]
         for event in missing_events(self._events.read(), manifests, batches):
-            self._events.append(**event)
+            if not self._record(**event):
+                break
         self._lifecycle.close_interrupted()
+        self._is_recovered = True
         self.tell("started", version=live)
 
     def tick(self, now: float) -> bool:
@@ -72,6 +81,10 @@ class Service:
         Each part has its own trouble: an inbox that cannot be read stops no worker and no publication.
         """
         self._requests.attempt(lambda: execute_pending(self._home, self._execute), now)
+        if not self._is_recovered:
+            self._learning.attempt(self._recover, now)
+            self._show()
+            return self._is_recovered
         self._inbox.attempt(lambda: self.reception.tick(now), now)
         is_busy = self._learning.attempt(lambda: self._learn(now), now)
         self._cleaning.attempt(lambda: self._sweep(now), now)
@@ -81,6 +94,15 @@ class Service:
     def _learn(self, now: float) -> bool:
         self._lifecycle.observe(now)
         return self._lifecycle.advance(now)
+
+    def _explain(self, error: Exception) -> str:
+        """A sentence for people; the system's own about a full disk names no file and nothing to do."""
+        if not isinstance(error, OSError):
+            return str(error)
+        what = f"{error.strerror or error}: {error.filename or self._home}"
+        waiting = ", ".join(self._spool.ids("work"))
+        where = f" Meanwhile {waiting} waits in {self._spool.state_dir('work')}." if waiting else ""
+        return f"the disk is full ({what}); free some space.{where}" if is_full_disk(error) else what
 
     @property
     def trouble(self) -> str | None:
@@ -114,7 +136,10 @@ class Service:
             logs.log(
                 "stopping", what="worker", batch=working["batch"], wait=self._config.learning.stop_seconds
             )
-            self._lifecycle.interrupt("interrupted", should_force)
+            try:
+                self._lifecycle.interrupt("interrupted", should_force)
+            except OSError as error:  # the worker has ended; the next start marks its attempt
+                logs.log("attempt not marked", level=logging.WARNING, why=self._explain(error))
         self._status.remove()
         self.tell("stopped")
 
@@ -124,11 +149,16 @@ class Service:
         if event in OUTCOMES:
             self._learning.forget()
             self.outcomes.append({"event": event, **fields})
+        self._record(event, **fields)
+
+    def _record(self, event: str, **fields: Any) -> bool:
         try:
             self._events.append(event, **fields)
         except OSError as error:
             # The files are the truth: what is missing here is told again at the next start.
             logs.log("event not recorded", level=logging.WARNING, what=event, why=str(error))
+            return False
+        return True
 
     def _execute(self, request: Request) -> Answer:
         answer = operations.apply(request, self._store, self.tell)
@@ -150,7 +180,7 @@ class Service:
             self._view.clear()
         try:
             pin, live = self._store.pin(), self._store.current()
-        except DeployError:
+        except (OSError, DeployError):
             pin, live = None, None
         content = {
             "state": self._state(is_pinned=pin is not None),
