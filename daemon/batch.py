@@ -7,7 +7,7 @@ outcome never changes what it says about the images.
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,6 +20,7 @@ Kind = Literal["folders", "batch", "archive"]
 BATCH_FILE = "batch.json"
 _ID = re.compile(r"([0-9]+)-.+")
 _SLUG_LENGTH = 40
+MOST_TOLD = 20  # sentences about one batch, before it is enough to say how many more there are
 
 
 class _Record(BaseModel):
@@ -129,6 +130,13 @@ def read_batch(directory: Path) -> Batch:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise BatchError(f"{path} is damaged: {where}: {first['msg']}; drop the images again") from error
+
+
+def the_first(sentences: Sequence[str], record: Path | str) -> list[str]:
+    """The first MOST_TOLD of these, and how many more can be read in `record`."""
+    more = len(sentences) - MOST_TOLD
+    told = list(sentences[:MOST_TOLD])
+    return [*told, f"{more} more sentences like these are in {record}"] if more > 0 else told
 
 
 def why_not_after_held(producer_id: str | None, twin: str) -> str:

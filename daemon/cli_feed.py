@@ -118,7 +118,7 @@ def submit(
 
     with showing(config.log.level) as view:
         outcome = wait_for(home, identity, view, earlier=earlier)
-    options.show(outcome, lambda: click.echo(_outcome_line(outcome)))
+    options.show(outcome, lambda: _say_outcome(outcome))
     sys.exit({"failed": FAILED, "held": HELD}.get(outcome["event"], 0))
 
 
@@ -199,6 +199,15 @@ def _say_outcomes(found: dict[str, Any], *, once: bool) -> None:
     elif once and not found["outcomes"]:
         pinned = "a version is pinned; batches wait for `dynlora unpin`"
         click.echo(pinned if found["pinned"] else "there was nothing to learn")
+
+
+def _say_outcome(outcome: dict[str, Any]) -> None:
+    from daemon.batch import the_first
+
+    for sentences in (outcome.get("set_aside", []), outcome.get("warnings", [])):
+        for sentence in the_first(sentences, outcome["record"]):
+            click.echo(sentence)
+    click.echo(_outcome_line(outcome))
 
 
 def _outcome_line(outcome: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from daemon import logs
-from daemon.batch import BATCH_FILE, Batch, read_batch, why_not_after_held
+from daemon.batch import BATCH_FILE, Batch, read_batch, the_first, why_not_after_held
 from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake, unfinished, write_claim
 from daemon.compose import Context, Known, KnownClass, compose
 from daemon.config import Config
@@ -22,7 +22,7 @@ from daemon.delivery import flush, move_images
 from daemon.errors import DaemonError, InboxError, NoSpaceError, Stopped
 from daemon.inbox import Item, Problem, Scan, empty_folders, ready_items, scan_inbox
 from daemon.source import read_source
-from daemon.spool import Reason, Spool, State
+from daemon.spool import Reason, Spool
 from deploy import atomic
 
 MAX_CRASHES = 3  # one says nothing about the drop: the daemon may have been killed
@@ -33,7 +33,9 @@ _AGAIN = "correct that and drop it again; what was sent is kept with the batch"
 class IntakeEvent:
     """Something that happened, for the log: `message` is the sentence for people."""
 
-    event: str  # batch_queued | batch_duplicate | batch_failed | intake_waits | inbox_problem
+    # batch_queued | batch_duplicate | batch_failed, then batch_set_aside and batch_note for what else is to be
+    # told of that batch; intake_waits | inbox_problem
+    event: str
     message: str
     batch: str | None = None
 
@@ -140,12 +142,12 @@ class Intake:
     def _try_to_finish(self, batch: str) -> list[IntakeEvent]:
         """As _finish; a batch too large for the disk waits without holding up the others."""
         try:
-            return [self._finish(batch)]
+            return self._finish(batch)
         except NoSpaceError as error:
             self.waits = str(error)
             return []
 
-    def _finish(self, batch: str) -> IntakeEvent:
+    def _finish(self, batch: str) -> list[IntakeEvent]:
         """Bring a claimed batch out of incoming/."""
         directory = self.spool.state_dir("incoming") / batch
         is_composed = (directory / BATCH_FILE).exists()
@@ -162,11 +164,11 @@ class Intake:
         except (NoSpaceError, Stopped):
             raise
         except (DaemonError, OSError) as error:
-            return self._fail(batch, directory, str(error), [])
+            return [self._fail(batch, directory, str(error), [])]
         except Exception as error:  # noqa: BLE001 - one bad drop must not keep the others from being learnt
             logs.log("intake failed", level=logging.ERROR, exc_info=True, batch=batch)
             what = f"it could not be read ({type(error).__name__}: {error})"
-            return self._fail(batch, directory, what, [])
+            return [self._fail(batch, directory, what, [])]
 
     def _context(self, batch: str) -> Context:
         history = self.spool.history(without=batch)
@@ -223,26 +225,43 @@ class Intake:
                 return other.duplicate_of or other.id
         return known.contents.get(record.content_sha256) if record.images else None
 
-    def _deliver(self, record: Batch, directory: Path) -> IntakeEvent:
+    def _deliver(self, record: Batch, directory: Path) -> list[IntakeEvent]:
         """Carry out batch.json: move the images, then the batch."""
         record = move_images(record, directory, min_images=self.config.inbox.min_images_per_class)
+        aside = [item.sentence for item in record.set_aside]
         if not record.classes:
-            aside = [item.sentence for item in record.set_aside]
             causes = aside or record.warnings
             reason = causes[0] if len(causes) == 1 else "no class in it has enough usable images"
-            return self._fail(record.id, directory, reason, [*aside, *record.warnings])
-        state: State = "done" if record.duplicate_of else "queued"
-        self.spool.move(record.id, state)
-        names = ", ".join(entry.name for entry in record.classes)
+            failed = self._fail(record.id, directory, reason, [*aside, *record.warnings])
+            return [failed, *self._notes(record)] if len(causes) > 1 else [failed]
+        self.spool.move(record.id, "done" if record.duplicate_of else "queued")
         if record.duplicate_of:
             message = f"{record.id} brings the same as {record.duplicate_of} did and is not learnt again"
             if self.spool.find(record.duplicate_of) == "held":
                 why = why_not_after_held(record.producer_id, record.duplicate_of)
                 message = f"{record.id} was not learnt: {why}"
-            return IntakeEvent("batch_duplicate", message, record.id)
-        count = f"; {len(record.set_aside)} set aside" if record.set_aside else ""
-        message = f"{record.id} is queued: {len(record.images)} images of {names}{count}"
-        return IntakeEvent("batch_queued", message, record.id)
+            return [IntakeEvent("batch_duplicate", message, record.id)]
+        names = ", ".join(entry.name for entry in record.classes)
+        message = f"{record.id} is queued: {len(record.images)} images of {names}"
+        if aside:
+            message += f"; {len(aside)} set aside, named in {self._record_path(record.id)}"
+        return [IntakeEvent("batch_queued", message, record.id), *self._notes(record)]
+
+    def _record_path(self, batch: str) -> Path:
+        """Where to read it, for people: a shell finds it in whatever state the batch is by then."""
+        return self.spool.root / "*" / batch / BATCH_FILE
+
+    def _notes(self, record: Batch) -> list[IntakeEvent]:
+        """What was set aside and what else the sender should know, one event each."""
+        found = {
+            "batch_set_aside": [item.sentence for item in record.set_aside],
+            "batch_note": record.warnings,
+        }
+        return [
+            IntakeEvent(event, sentence, record.id)
+            for event, sentences in found.items()
+            for sentence in the_first(sentences, self._record_path(record.id))
+        ]
 
     def _fail(self, batch: str, directory: Path, reason: str, details: list[str]) -> IntakeEvent:
         with space_for(f"{batch} is kept in {directory} {LATER}"):

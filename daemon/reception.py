@@ -17,6 +17,8 @@ _EVENTS = {
     "batch_queued": ("queued", logging.INFO),
     "batch_duplicate": ("duplicate", logging.INFO),
     "batch_failed": ("failed", logging.ERROR),
+    "batch_set_aside": ("set_aside", logging.WARNING),
+    "batch_note": ("note", logging.INFO),
     "intake_waits": ("intake_waits", logging.WARNING),
     "inbox_problem": ("inbox_problem", logging.WARNING),
 }
@@ -54,7 +56,7 @@ class Reception:
                 self._tell(name, logging.WARNING, batch=event.batch, duplicate_of=twin, **why)
             else:
                 self._tell(name, level, batch=event.batch, duplicate_of=twin)
-        elif name == "queued":
+        elif name in {"queued", "set_aside", "note"}:
             self._tell(name, level, batch=event.batch, what=event.message)
         else:
             self._tell(name, level, batch=event.batch, why=event.message)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from daemon.batch import Batch, why_not_after_held
+from daemon.batch import BATCH_FILE, Batch, why_not_after_held
 from daemon.errors import BatchError, RequestError
 from daemon.layout import SUBMITTED_FILE
 from daemon.lock import holder
@@ -30,7 +30,8 @@ def batches_now(home: Path) -> frozenset[str]:
 
 
 def wait_for(home: Path, producer_id: str, view: View, *, earlier: Collection[str] = ()) -> dict[str, Any]:
-    """Wait until the drop is published, a duplicate, held or failed; returns that as an event's fields.
+    """Wait until the drop is published, a duplicate, held or failed; returns that as an event's fields,
+    with the sentences about what was set aside and what else was noticed, and the record that has them.
 
     Args:
         earlier: batches from before the submission; one of them may have had the same id.
@@ -47,7 +48,7 @@ def wait_for(home: Path, producer_id: str, view: View, *, earlier: Collection[st
         elif (state := spool.find(found[1])) is not None:  # None only while it is being renamed
             found = state, found[1]
         if found is not None and (outcome := _outcome(home, spool, *found)) is not None:
-            return outcome
+            return outcome | _notes(spool, found[1])
         now = time.monotonic()
         seen_at = now if holder(home) is not None else seen_at
         if now - seen_at > PATIENCE_SECONDS:
@@ -99,6 +100,16 @@ def _outcome(home: Path, spool: Spool, state: State, batch_id: str) -> dict[str,
         return {"event": "duplicate", "batch": batch_id, "duplicate_of": batch.duplicate_of}
     published = VersionStore(home / "serving").published_batches()[batch_id]
     return {"event": "published", "batch": batch_id, "version": published.version}
+
+
+def _notes(spool: Spool, batch_id: str) -> dict[str, Any]:
+    try:
+        batch = spool.load(batch_id)
+    except BatchError:  # refused before it had a record
+        return {}
+    found = {"set_aside": [item.sentence for item in batch.set_aside], "warnings": batch.warnings}
+    record = str(spool.path(batch_id) / BATCH_FILE)
+    return {"record": record} | found if any(found.values()) else {}
 
 
 def _show(view: View, batch_id: str | None, status: dict[str, Any]) -> None:

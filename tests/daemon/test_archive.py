@@ -67,7 +67,8 @@ def test_members_that_lead_outside_are_passed_over(bench, suffix: str) -> None:
     (_, content), *rest = contents(bench, 6)
     hostile = ["../up.png", "dress/../../../up.png", "/abs.png", "C:/abs.png"]
     before = {path for path in bench.home.rglob("*") if path.suffix == ".png"}
-    pack(bench.inbox / f"spring{suffix}", [*rest, *((name, content) for name in hostile)])
+    archive = pack(bench.inbox / f"spring{suffix}", [*rest, *((name, content) for name in hostile)])
+    sent = archive.read_bytes()
 
     bench.settle()
 
@@ -80,6 +81,8 @@ def test_members_that_lead_outside_are_passed_over(bench, suffix: str) -> None:
     assert not Path("/abs.png").exists()
     spool = bench.spool.root
     assert {p for p in bench.home.rglob("*.png") if spool not in p.parents} == before
+    assert not archive.exists()
+    assert (bench.spool.path(batch.id) / "source" / archive.name).read_bytes() == sent
 
 
 def test_links_and_devices_in_a_tar_are_passed_over(bench, tmp_path: Path) -> None:

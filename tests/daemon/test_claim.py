@@ -64,8 +64,9 @@ def test_a_folder_of_another_user_is_copied_and_never_taken_again(make_bench, sh
     give(bench.class_folder("dress"), SENDER, 0o2755)
 
     def take_in() -> None:
-        (message,) = bench.settle()
+        message, note = bench.settle()
         assert message == "000001-dress is queued: 5 images of dress"
+        assert note.endswith(f"delete {bench.inbox}/.claimed-000001-dress when you like")
         bench.restart()
         (message,) = bench.settle()
         assert ".claimed-000001-dress was copied" in message
@@ -234,7 +235,8 @@ def test_an_inbox_on_another_file_system_is_copied_from(make_bench, tmp_path: Pa
     messages = bench.settle()
 
     batch = bench.only("queued")
-    assert messages == ["000001-dress-and-1-more is queued: 10 images of dress, hat; 1 set aside"]
+    assert messages[0].startswith(f"{batch.id} is queued: 10 images of dress, hat; 1 set aside, named in ")
+    assert messages[1:] == [batch.set_aside[0].sentence, *batch.warnings]
     assert bench.names_and_counts(batch) == {"dress": 5, "hat": 5}
     assert len(batch.warnings) == 2
     assert sorted(path.name for path in bench.inbox.iterdir()) == [
@@ -346,7 +348,7 @@ def test_a_drop_too_large_for_the_disk_does_not_hold_up_the_others(
     assert message.startswith("the disk is full")
     bench.class_folder("hat")
 
-    assert bench.settle() == [
+    assert bench.settle()[:2] == [
         ".claimed-000001-dress is being taken in; leave it as it is until that is done",
         "000002-hat is queued: 5 images of hat",
     ]

@@ -167,7 +167,11 @@ def test_files_that_are_no_usable_images_are_set_aside_one_by_one(bench) -> None
 
     batch = bench.only("queued")
     aside = bench.aside(batch)
-    assert messages == ["000001-dress is queued: 5 images of dress; 7 set aside"]
+    record = bench.spool.root / "*" / batch.id / "batch.json"
+    assert messages == [
+        f"000001-dress is queued: 5 images of dress; 7 set aside, named in {record}",
+        *(item.sentence for item in batch.set_aside),
+    ]
     assert bench.names_and_counts(batch) == {"dress": 5}
     assert "not an image" in aside["text.jpg"]
     assert "cut short" in aside["cut.jpg"]
@@ -293,7 +297,7 @@ def test_awkward_names_are_taken_as_they_are(bench) -> None:
         folder = bench.class_folder(name, 4)
         (folder / "0.png").rename(folder / 'it\'s "0" 🐈\n.png')
 
-    bench.settle()
+    messages = bench.settle()
 
     batch = bench.only("queued")
     counts = bench.names_and_counts(batch)
@@ -304,6 +308,8 @@ def test_awkward_names_are_taken_as_they_are(bench) -> None:
         assert entry.folder.replace("-", "").isalnum()
         assert entry.folder.isascii()
     assert batch.set_aside == []
+    shown = "$(rm -rf), 100%, red t-shirt, rock 'n' \"roll\", two lines, 🐈 cat"
+    assert messages == [f"000001-rm-rf-and-5-more is queued: 24 images of {shown}"]
 
 
 def test_names_with_a_leading_dot_are_ignored_and_listed(bench) -> None:
@@ -416,11 +422,15 @@ def test_two_spellings_in_two_batches_are_one_class(bench) -> None:
     bench.class_folder("Polar Bear")
     bench.settle()
     bench.class_folder("POLAR-bear")
-    bench.settle()
+    messages = bench.settle()
 
     first, second = (bench.spool.load(name) for name in bench.spool.ids("queued"))
     assert first.classes[0].name == second.classes[0].name == "Polar Bear"
     assert (first.classes[0].is_new, second.classes[0].is_new) == (True, False)
+    assert messages == [
+        "000002-polar-bear is queued: 5 images of Polar Bear",
+        "'POLAR-bear' exists already, as 'Polar Bear'; this batch adds images to it",
+    ]
 
 
 def test_copies_of_an_image_count_once(bench) -> None:
