@@ -33,8 +33,8 @@ _AGAIN = "correct that and drop it again; what was sent is kept with the batch"
 class IntakeEvent:
     """Something that happened, for the log: `message` is the sentence for people."""
 
-    # batch_queued | batch_duplicate | batch_failed, then batch_set_aside and batch_note for what else is to be
-    # told of that batch; intake_waits | inbox_problem
+    # batch_queued | batch_duplicate | batch_failed, then batch_set_aside and batch_note for what else there
+    # is to tell of that batch; intake_waits | inbox_problem
     event: str
     message: str
     batch: str | None = None
