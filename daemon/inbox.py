@@ -223,7 +223,7 @@ def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Item:
     fingerprint = tree_fingerprint(path)
     mark: Literal["submitted", "ready"] | None = None
     content = path
-    if (path / SUBMITTED_FILE).is_file():
+    if (path / SUBMITTED_FILE).is_file() and not (path / SUBMITTED_FILE).is_symlink():
         mark, content = "submitted", submitted_content(path)
     elif (path / READY_FILE).exists():
         mark = "ready"

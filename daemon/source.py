@@ -1,6 +1,8 @@
 """Read what a claim brought: folders as they lie, archives unpacked beside them."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,6 +16,7 @@ from daemon.layout import SUBMITTED_FILE, ClassNote, Layout, Note, read_tree
 from deploy import atomic
 
 UNPACKED_DIR = "unpacked"
+_MAX_SUBMITTED_BYTES = 1 << 20
 
 
 class Submitted(BaseModel):
@@ -55,7 +58,7 @@ def read_source(claim: Claim, directory: Path, *, config: InboxConfig) -> list[L
         path = directory / SOURCE_DIR / name
         if not os.path.lexists(path):
             continue  # it disappeared before it could be taken: among the claim's warnings
-        submitted = _read_submitted(path)
+        submitted = read_submitted(path)
         if submitted is not None:
             path = submitted_content(path)
         layout = read_one(path, directory / f"{UNPACKED_DIR}-{number}", config=config)
@@ -92,10 +95,34 @@ def read_one(path: Path, unpacked: Path, *, config: InboxConfig) -> Layout:
     return layout
 
 
-def _read_submitted(path: Path) -> Submitted | None:
+def read_submitted(wrapper: Path) -> Submitted | None:
+    """What `dynlora submit` said of the drop in this folder; None where it is none of its making.
+
+    A stranger may have put the file there: no link is followed, no pipe waited for, and no content quoted.
+
+    Raises:
+        InboxError: there is such a file and it cannot be used.
+    """
+    shown = f"{wrapper.name}/{SUBMITTED_FILE}"
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        return Submitted.model_validate_json((path / SUBMITTED_FILE).read_bytes())
+        with os.fdopen(os.open(wrapper / SUBMITTED_FILE, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InboxError(f"{shown} cannot be used: it is not a regular file; submit it again")
+            content = file.read(_MAX_SUBMITTED_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValidationError) as error:
-        raise InboxError(f"{path.name}/{SUBMITTED_FILE} cannot be read: {error}; submit it again") from error
+    except OSError as error:
+        what = "it is a link, and links are never followed" if error.errno == errno.ELOOP else error.strerror
+        raise InboxError(f"{shown} cannot be read: {what}; submit it again") from error
+    if len(content) > _MAX_SUBMITTED_BYTES:
+        raise InboxError(
+            f"{shown} cannot be used: it is larger than {_MAX_SUBMITTED_BYTES:,} bytes; submit it again"
+        )
+    try:
+        return Submitted.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(str(part) for part in problem["loc"])[:80]
+        what = f"{key}: {problem['msg']}" if key else problem["msg"]
+        raise InboxError(f"{shown} cannot be used: {what}; submit it again") from error

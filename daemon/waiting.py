@@ -5,15 +5,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from daemon.batch import BATCH_FILE, Batch, why_not_after_held
-from daemon.errors import BatchError, RequestError
+from daemon.errors import BatchError, InboxError, RequestError
 from daemon.layout import SUBMITTED_FILE
 from daemon.lock import holder
 from daemon.progress import View
 from daemon.report import DECISION_NAME, RESULT_DIR
-from daemon.source import Submitted
+from daemon.source import read_submitted
 from daemon.spool import STATES, Spool, State
 from daemon.status import read_status
 from deploy.manifest import Decision
@@ -63,7 +61,7 @@ def find(spool: Spool, producer_id: str, earlier: Collection[str] = ()) -> tuple
     batches = [(state, name) for state in STATES for name in spool.ids(state) if name not in earlier]
     for state, batch_id in batches:  # its own note first: batch.toml may have given the batch another id
         notes = (spool.state_dir(state) / batch_id).glob(f"source/*/{SUBMITTED_FILE}")
-        if any(_is_from(path, producer_id) for path in notes):
+        if any(_is_from(path.parent, producer_id) for path in notes):
             return state, batch_id
     return next((found for found in batches if _has_id(spool, found[1], producer_id)), None)
 
@@ -75,11 +73,12 @@ def _has_id(spool: Spool, batch_id: str, producer_id: str) -> bool:
         return False
 
 
-def _is_from(path: Path, producer_id: str) -> bool:
+def _is_from(wrapper: Path, producer_id: str) -> bool:
     try:
-        return Submitted.model_validate_json(path.read_bytes()).id == producer_id
-    except (OSError, ValidationError):
+        note = read_submitted(wrapper)
+    except InboxError:
         return False
+    return note is not None and note.id == producer_id
 
 
 def _outcome(home: Path, spool: Spool, state: State, batch_id: str) -> dict[str, Any] | None:
