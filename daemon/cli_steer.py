@@ -39,9 +39,11 @@ def rollback(options: Options, *, to: int | None, why: str) -> None:
 @pass_options
 def unpin(options: Options) -> None:
     """Release the pin; batches go on from the version that is live."""
+    from daemon.operations import pinned_version
     from daemon.requests import Request
 
-    result = _carry_out(options, Request(command="unpin"))
+    # Named here, as for a roll-back: done twice, it must not release a pin that came later.
+    result = _carry_out(options, Request(command="unpin", to=pinned_version(options.store())))
     sentence = f"released; version {result['live']} is live and the next one is built on it"
     options.show(result, lambda: click.echo(sentence))
 
@@ -85,7 +87,7 @@ def _carry_out(options: Options, request: Any) -> dict[str, Any]:
 
     def tell(event: str, **fields: Any) -> None:
         logs.log(event, **fields)
-        EventLog(home).append(event, **fields)
+        EventLog(home).record(event, **fields)
 
     answer = run_or_request(home, request, lambda r: apply(r, store, tell))
     if answer.exit_code:

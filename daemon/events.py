@@ -6,6 +6,7 @@ last line is skipped, and what is missing after a crash is told again from the m
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from daemon import logs
 from deploy import atomic
 
 EVENTS_NAME = "events.jsonl"
@@ -43,6 +45,19 @@ class EventLog:
         self._make_fit()
         atomic.append_line(self._path, json.dumps(entry, ensure_ascii=False))
         return entry
+
+    def record(self, event: str, **fields: Any) -> bool:
+        """Append an event whose effect is on disk already; says whether that could be done.
+
+        The files are the truth: what is missing in the log is told again at the next start of a daemon, and
+        never turns what was done into a failure.
+        """
+        try:
+            self.append(event, **fields)
+        except OSError as error:
+            logs.log("event not recorded", level=logging.WARNING, what=event, why=str(error))
+            return False
+        return True
 
     def read(self) -> list[dict[str, Any]]:
         """All events, rotated files first; lines that are not JSON objects are skipped."""

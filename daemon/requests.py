@@ -5,11 +5,14 @@ the work itself, with the same code. With one running it leaves a request (atomi
 answer and takes over its outcome; should the daemon die meanwhile, the request is withdrawn and the command
 does the work itself.
 
-Requests name their effect, not a change: "roll back to 4", never "one back". Executing one twice, as after a
-crash between effect and answer, does what executing it once does.
+Requests name their effect, not a change: "roll back to 4", never "one back"; "release the pin on 4".
+Executing one twice, as after a crash between effect and answer, does what executing it once does. A request
+whose command no longer waits is refused: what an operator wanted days ago must not happen by surprise.
 """
 
+import contextlib
 import getpass
+import logging
 import os
 import secrets
 import time
@@ -20,11 +23,13 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from daemon import logs
 from daemon.errors import LockError, RequestError
 from daemon.lock import HomeLock
 from deploy import atomic
 
 POLL_SECONDS = 0.05
+TIMEOUT_SECONDS = 120.0  # how long a command waits, so how old a request may be that is executed
 KEEP_ANSWERS = timedelta(days=1)
 
 
@@ -37,7 +42,7 @@ def _current_user() -> str:
 
 
 class Request(BaseModel):
-    """One command: what to do, who wants it and why."""
+    """One command: what to do, who wants it and why. `to` is the version to go back to, or to release."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -59,7 +64,11 @@ class Answer(BaseModel):
 
 
 def run_or_request(
-    home: Path, request: Request, execute: Callable[[Request], Answer], *, timeout_seconds: float = 120.0
+    home: Path,
+    request: Request,
+    execute: Callable[[Request], Answer],
+    *,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Answer:
     """Carry out a command that changes state, through the running daemon or by ourselves.
 
@@ -87,6 +96,8 @@ def run_or_request(
     finally:
         if name is not None:
             withdraw(home, name)
+    if name is not None and (answer := take_answer(home, name)) is not None:
+        return answer  # it came between the last look and the withdrawal
     raise RequestError(
         f"the running daemon did not answer within {timeout_seconds:g} seconds; the request was withdrawn. "
         "Look at `dynlora status` and try again."
@@ -118,27 +129,53 @@ def take_answer(home: Path, name: str) -> Answer | None:
     return answer
 
 
-def execute_pending(home: Path, execute: Callable[[Request], Answer]) -> int:
+def execute_pending(
+    home: Path, execute: Callable[[Request], Answer], answers: dict[str, Answer] | None = None
+) -> int:
     """Execute all waiting requests, oldest first, and answer each; returns how many there were.
 
-    A file that is no request is answered with an error and never blocks the next one. The answer is written
-    before the request is removed: after a crash in between, the request is executed again.
+    A file that is no request, or whose command no longer waits, is answered with an error and never blocks
+    the next one. The answer is written before the request is removed: after a crash in between, the request
+    is executed again.
+
+    Args:
+        answers: what was executed and could not be answered yet, by file name; kept by the caller, so that a
+            full disk makes nothing happen twice.
+
+    Raises:
+        OSError: an answer could not be written; call again.
     """
+    answers = {} if answers is None else answers
     folder = home / "requests"
     paths = sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+    for withdrawn in answers.keys() - {path.name for path in paths}:
+        del answers[withdrawn]
     for path in paths:
-        try:
-            request = Request.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            continue  # withdrawn between listing and reading
-        except ValidationError as error:
-            answer = Answer(exit_code=2, error=f"{path.name} is not a request: {error.errors()[0]['msg']}")
-        else:
-            answer = execute(request)
+        if path.name not in answers:
+            with contextlib.suppress(FileNotFoundError):  # withdrawn between listing and reading
+                answers[path.name] = _answer(path, execute)
+    for name, answer in list(answers.items()):
         atomic.make_dir(folder / "done")
-        atomic.write_text(folder / "done" / path.name, answer.model_dump_json())
-        atomic.remove_file(path)
+        atomic.write_text(folder / "done" / name, answer.model_dump_json())
+        atomic.remove_file(folder / name)
+        del answers[name]
     return len(paths)
+
+
+def _answer(path: Path, execute: Callable[[Request], Answer]) -> Answer:
+    try:
+        request = Request.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        return Answer(exit_code=2, error=f"{path.name} is not a request: {error.errors()[0]['msg']}")
+    age_seconds = (datetime.now(UTC) - request.created_at).total_seconds()
+    if age_seconds <= TIMEOUT_SECONDS:
+        return execute(request)
+    why = (
+        f"{request.who} asked for {request.command} {age_seconds:.0f} seconds ago; a command waits "
+        f"{TIMEOUT_SECONDS:g} seconds, so nothing was done; run the command again if it is still wanted"
+    )
+    logs.log("request refused", level=logging.WARNING, why=why)
+    return Answer(exit_code=1, error=why)
 
 
 def drop_old_answers(home: Path, now: datetime) -> None:

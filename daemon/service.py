@@ -46,6 +46,7 @@ class Service:
         self._lifecycle = Lifecycle(publisher, launch)
         self._requests, self._inbox, self._learning, self._cleaning = (Part(self._explain) for _ in range(4))
         self._parts = (self._learning, self._inbox, self._requests, self._cleaning)
+        self._answers: dict[str, Answer] = {}  # of requests that were executed on a disk too full to say so
         self._is_recovered = False
         self._sweep_at = 0.0
         self.outcomes: list[dict[str, Any]] = []
@@ -69,7 +70,7 @@ class Service:
         batches = [(state, batch) for state in STATES for batch in self._spool.batches(state)]
         manifests = [self._store.manifest(version) for version in self._store.versions()]
         for event in missing_events(self._events.read(), manifests, batches):
-            if not self._record(**event):
+            if not self._events.record(**event):
                 break
         self._lifecycle.close_interrupted()
         self._is_recovered = True
@@ -80,7 +81,7 @@ class Service:
 
         Each part has its own trouble: an inbox that cannot be read stops no worker and no publication.
         """
-        self._requests.attempt(lambda: execute_pending(self._home, self._execute), now)
+        self._requests.attempt(lambda: execute_pending(self._home, self._execute, self._answers), now)
         if not self._is_recovered:
             self._learning.attempt(self._recover, now)
             self._show()
@@ -149,16 +150,7 @@ class Service:
         if event in OUTCOMES:
             self._learning.forget()
             self.outcomes.append({"event": event, **fields})
-        self._record(event, **fields)
-
-    def _record(self, event: str, **fields: Any) -> bool:
-        try:
-            self._events.append(event, **fields)
-        except OSError as error:
-            # The files are the truth: what is missing here is told again at the next start.
-            logs.log("event not recorded", level=logging.WARNING, what=event, why=str(error))
-            return False
-        return True
+        self._events.record(event, **fields)
 
     def _execute(self, request: Request) -> Answer:
         answer = operations.apply(request, self._store, self.tell)

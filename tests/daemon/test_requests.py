@@ -115,6 +115,41 @@ def test_a_file_that_is_no_request_is_answered_and_does_not_block_the_next(tmp_p
     assert requests.take_answer(tmp_path, name).exit_code == 0
 
 
+def test_an_answer_that_comes_at_the_last_moment_counts(tmp_path, monkeypatch):
+    """Nothing that happened is reported as withdrawn."""
+    withdraw = requests.withdraw
+
+    def answer_first(home, name):
+        requests.execute_pending(home, lambda r: Answer(exit_code=0, result={"live": r.to}))
+        withdraw(home, name)
+
+    monkeypatch.setattr(requests, "withdraw", answer_first)
+    with HomeLock(tmp_path):
+        answer = requests.run_or_request(
+            tmp_path, Request(command="rollback", to=4), refuse, timeout_seconds=0.2
+        )
+
+    assert answer.result == {"live": 4}
+
+
+def test_a_request_whose_command_no_longer_waits_is_refused(tmp_path):
+    """A command killed days ago rolls nothing back when a daemon starts; the one behind it is executed."""
+    long_ago = datetime.now(UTC) - timedelta(seconds=requests.TIMEOUT_SECONDS + 5)
+    old = requests.leave(tmp_path, Request(command="rollback", to=0, who="ada", created_at=long_ago))
+    new = requests.leave(tmp_path, Request(command="rollback", to=3))
+    seen = []
+
+    requests.execute_pending(tmp_path, lambda r: seen.append(r.to) or Answer(exit_code=0))
+
+    assert seen == [3]
+    assert not waiting(tmp_path)
+    assert requests.take_answer(tmp_path, new).exit_code == 0
+    answer = requests.take_answer(tmp_path, old)
+    assert answer.exit_code == 1
+    assert "ada asked for rollback 125 seconds ago" in answer.error
+    assert "nothing was done" in answer.error
+
+
 def test_requests_are_executed_in_the_order_they_were_made(tmp_path):
     """The last of two contradicting commands wins, as its author expects."""
     for target in (3, 1, 2):

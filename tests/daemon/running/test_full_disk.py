@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
-from daemon import part
+from daemon import part, requests
 from daemon.exams import load_exams
+from daemon.requests import Request
 from tests.daemon.running.conftest import QUICK, Bench
 
 SIZE = 160 << 20  # a version takes 34 MB, and learning wants twice that to be free
@@ -133,3 +134,22 @@ def test_a_stop_on_a_full_disk_is_still_an_orderly_stop(bench, disk):
     disk.empty()
     bench.new_service().start()
     assert bench.spool.load(batch_id).attempts[0].outcome == "interrupted"
+
+
+def test_a_request_on_a_full_disk_is_executed_once_and_answered_when_there_is_space(bench, disk):
+    """The command that waits gets the outcome of the first execution, not that of a second one."""
+    bench.drop("cups")
+    bench.run()
+    name = requests.leave(bench.home, Request(command="rollback", to=0))
+    disk.fill(free_pages=1)  # enough for the pin and not for the answer
+    for _ in range(3):
+        next_try(bench)
+        assert "the disk is full" in bench.service.trouble
+        assert (bench.store.current(), bench.store.pin().version) == (0, 0)
+    disk.empty()
+    next_try(bench)
+
+    answer = requests.take_answer(bench.home, name)
+    assert (answer.exit_code, answer.result["before"]) == (0, 1)
+    assert not list((bench.home / "requests").glob("*.json"))
+    assert bench.service.trouble is None

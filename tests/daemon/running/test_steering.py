@@ -4,7 +4,7 @@ import json
 import time
 
 from daemon import requests
-from daemon.requests import Request
+from daemon.requests import Answer, Request
 
 
 def test_a_pin_keeps_batches_queued_until_it_is_released(bench):
@@ -26,6 +26,46 @@ def test_a_pin_keeps_batches_queued_until_it_is_released(bench):
     manifest = bench.store.live_manifest()
     assert (manifest.version, manifest.parent) == (2, 0)
     assert bench.events()[-4:] == ["queued", "unpinned", "adapting", "published"]
+
+
+def test_a_release_that_was_done_but_not_answered_is_done_once_and_answered_well(bench):
+    """The daemon died between effect and answer; the request is still there at the next start."""
+    bench.drop("cups")
+    bench.run()
+    bench.store.roll_back(to=0, who="ann", why="odd")
+    name = requests.leave(bench.home, Request(command="unpin", to=0))
+    request = bench.home / "requests" / f"{name}.json"
+    content = request.read_bytes()
+    bench.tick()
+    request.write_bytes(content)
+    bench.tick()
+
+    assert requests.take_answer(bench.home, name) == Answer(exit_code=0, result={"unpinned": 0, "live": 0})
+    assert bench.events().count("unpinned") == 1
+
+
+def test_a_release_leaves_a_pin_alone_that_it_does_not_name(bench):
+    """Somebody rolled back to another version meanwhile: that pin stands."""
+    bench.drop("cups")
+    bench.run()
+    bench.store.roll_back(to=1, who="ann", why="odd")
+    name = requests.leave(bench.home, Request(command="unpin", to=0))
+    bench.tick()
+
+    answer = requests.take_answer(bench.home, name)
+    assert (answer.exit_code, bench.store.pin().version) == (1, 1)
+    assert "version 1 is pinned now, by ann (odd)" in answer.error
+
+
+def test_a_roll_back_that_cannot_be_recorded_is_still_one_that_happened(dynlora, home):
+    """events.jsonl cannot be written: exit code 0, a warning, and the version is live."""
+    (home / "events.jsonl").mkdir()
+    code, out, err = dynlora("rollback", "--to", "0", "--home", home)
+    assert (code, "version 0 is live and pinned" in out) == (0, True), err
+    code, out, err = dynlora("unpin", "--home", home)
+    assert (code, "released" in out) == (0, True), err
+    code, _, err = dynlora("unpin", "--home", home)
+    assert (code, "no version is pinned" in err) == (1, True)
 
 
 def test_a_roll_back_while_a_batch_is_learnt_starts_it_over_from_the_new_parent(bench):
