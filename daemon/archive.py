@@ -10,6 +10,7 @@ import lzma
 import os
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -27,6 +28,12 @@ _PIECE_BYTES = 1 << 20
 _RATIO_FROM_BYTES = 64 << 20  # below this even a bomb does no harm, and flat pictures shrink a lot
 _MAX_HEADER_BYTES = 1 << 20
 _HEADERS = {*b"LKxgX"}  # long names, long links and pax records, which tarfile reads into memory whole
+_MAX_ZIP_TABLE_BYTES = 256 << 20  # zipfile reads it into memory whole; 200,000 long names need 50 MB
+_ZIP_MAX_COMMENT_BYTES = 1 << 16
+_ZIP_ENTRY = struct.Struct("<28x3H12x")  # lengths of name, extra field and comment, which follow it
+_ZIP_END = struct.Struct("<12xL6x")  # size of the table
+_ZIP64_END = struct.Struct("<40xQ8x")  # the same, for large archives
+_ZIP64_LOCATOR_BYTES = 20
 _DAMAGE = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -114,10 +121,9 @@ def extract(archive: Path, target: Path, *, config: InboxConfig) -> list[tuple[s
 
 
 def _extract_zip(archive: Path, target: Path, meter: _Meter) -> None:
+    _check_zip_table(archive, meter)
     with zipfile.ZipFile(archive) as packed:
         infos = packed.infolist()
-        for _ in infos:
-            meter.count_member()
         if any(info.flag_bits & 0x1 for info in infos):
             raise ArchiveError(f"{archive.name} is encrypted; send it without a password")
         declared = sum(info.file_size for info in infos)
@@ -127,6 +133,50 @@ def _extract_zip(archive: Path, target: Path, meter: _Meter) -> None:
             kind = "folder" if info.is_dir() else "link" if stat.S_ISLNK(mode) else "file"
             member = _Member(info.filename.replace("\\", "/"), kind)
             _unpack(member, target, meter, partial(packed.open, info))
+
+
+def _check_zip_table(archive: Path, meter: _Meter) -> None:
+    """Walk through the table of contents before zipfile reads it into memory whole.
+
+    The number of members in the end record is only a claim, which zipfile does not go by: they are counted.
+    """
+    with archive.open("rb") as file:
+        at, end = _zip_table(file)
+        if at < 0:
+            raise zipfile.BadZipFile("its table of contents is cut short")
+        if end - at > _MAX_ZIP_TABLE_BYTES:
+            raise zipfile.BadZipFile(
+                f"its table of contents has {end - at:,} bytes, expected at most {_MAX_ZIP_TABLE_BYTES:,}"
+            )
+        while at < end:
+            meter.count_member()
+            file.seek(at)
+            entry = file.read(_ZIP_ENTRY.size)
+            if len(entry) < _ZIP_ENTRY.size:
+                raise zipfile.BadZipFile("its table of contents is cut short")
+            at += _ZIP_ENTRY.size + sum(_ZIP_ENTRY.unpack(entry))
+
+
+def _zip_table(file: IO[bytes]) -> tuple[int, int]:
+    """Where the table of contents begins and ends, by the records after it; as zipfile finds it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _ZIP_END.size - _ZIP_MAX_COMMENT_BYTES))
+    tail = file.read()
+    at = len(tail) - _ZIP_END.size
+    if tail[at : at + 4] != b"PK\x05\x06" or tail[-2:] != b"\0\0":  # a comment comes after the record
+        at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) - at < _ZIP_END.size:
+        raise zipfile.BadZipFile("its end is missing")
+    (table_bytes,) = _ZIP_END.unpack_from(tail, at)
+    end = size - len(tail) + at
+    before = end - _ZIP64_END.size - _ZIP64_LOCATOR_BYTES
+    if before >= 0:
+        file.seek(before)
+        large, locator = file.read(_ZIP64_END.size), file.read(4)
+        if large[:4] == b"PK\x06\x06" and locator == b"PK\x06\x07":
+            (table_bytes,) = _ZIP64_END.unpack(large)
+            end = before
+    return end - table_bytes, end
 
 
 def _extract_tar(archive: Path, target: Path, meter: _Meter) -> None:
