@@ -13,7 +13,7 @@ from daemon.batch import Batch, BatchClass, BatchImage, SetAside, content_sha256
 from daemon.claim import Claim
 from daemon.config import Config
 from daemon.errors import Stopped
-from daemon.layout import ClassFolder, Layout
+from daemon.layout import ClassFolder, Layout, tell_passed_over
 from daemon.pictures import Picture, examine
 from daemon.split import History, split_images
 from deploy.errors import ImageError
@@ -145,7 +145,15 @@ class _Composition:
                 reason = too_few(usable, needed)
                 if not usable and any(folder.files for folder in group.folders):
                     reason = too_few(usable, needed, found="none of its files is a usable image")
+                elif not usable and (found := self._in_folders(group)):
+                    told = f"it holds no usable file, {tell_passed_over(found)}"
+                    reason = too_few(usable, needed, found=told)
                 self._drop_class(key, reason)
+
+    def _in_folders(self, group: _Class) -> list[tuple[Path | str, str]]:
+        """What was passed over in the folders of one class."""
+        folders = {str(folder.path.relative_to(self.base)) for folder in group.folders}
+        return [(item.file, item.reason) for item in self.set_aside if str(Path(item.file).parent) in folders]
 
     def split(self, history: History) -> dict[str, str]:
         """The split of every image; classes with nothing left to learn from are set aside."""

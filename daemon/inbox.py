@@ -24,9 +24,12 @@ from daemon.layout import (
     is_text,
     kind_of,
     list_entries,
+    passed_over,
+    tell_passed_over,
     too_deep,
 )
 
+Kind = Literal["folders", "batch", "archive", "empty"]
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 _OTHER_ARCHIVES = (".7z", ".rar", ".gz", ".bz2", ".xz", ".zst", ".tbz2", ".txz")
 CLAIMED_PREFIX = ".claimed-"
@@ -39,11 +42,12 @@ class Item:
 
     name: str
     title: str  # for people: the name that it was submitted under, without an archive's suffix
-    kind: Literal["folders", "batch", "archive", "empty"]
+    kind: Kind
     mark: Literal["submitted", "ready"] | None
     fingerprint: str  # of names, sizes and times of everything in it
     quiet_since: float  # when this fingerprint was first seen, by the caller's clock
     arrived_ns: int  # when it was put under this name, by the file system's clock
+    why_empty: str = ""  # of an empty one that is not: what is in it and cannot be used
 
 
 @dataclass(frozen=True)
@@ -166,10 +170,13 @@ def ready_items(previous: Scan | None, scan: Scan, now: float, config: InboxConf
 
 def empty_folders(scan: Scan, now: float, config: InboxConfig) -> list[Problem]:
     """Folders that have been empty for so long that somebody should be told. Pure."""
+    needed = f"put at least {config.min_images_per_class} images into it"
     return [
         Problem(
             item.name,
-            f"{item.name} is an empty folder; put at least {config.min_images_per_class} images into it",
+            f"{item.name} holds no usable file, {item.why_empty}"
+            if item.why_empty
+            else f"{item.name} is an empty folder; {needed}",
         )
         for item in scan.items
         if item.kind == "empty" and now - item.quiet_since >= config.gather_seconds
@@ -229,14 +236,19 @@ def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Item:
         mark = "ready"
     before = previous.find(entry.name) if previous else None
     same = before is not None and before.fingerprint == fingerprint
+    kind: Literal["folders", "batch", "archive", "empty"] = (
+        kind_of(content) if content.is_dir() else "archive"
+    )
+    unusable = passed_over(content) if kind == "empty" else []
     return Item(
         name=entry.name,
         title=archive_stem(content.name),
-        kind=kind_of(content) if content.is_dir() else "archive",
+        kind=kind,
         mark=mark,
         fingerprint=fingerprint,
         quiet_since=before.quiet_since if before is not None and same else now,
         arrived_ns=arrived_ns,
+        why_empty=tell_passed_over(unusable) if unusable else "",
     )
 
 

@@ -10,6 +10,7 @@ Looks at names and kinds of files only; opens nothing but batch.toml. Links are 
 import os
 import stat
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -156,6 +157,27 @@ def holds_files(folder: Path) -> bool:
             return True
         waiting += [(sub, level + 1) for sub in entries.folders]
     return False
+
+
+def passed_over(folder: Path) -> list[tuple[Path, str]]:
+    """What lies in a folder without usable files, at any depth that counts, and why it is none of them."""
+    found: list[tuple[Path, str]] = []
+    waiting = [(folder, 0)]
+    while waiting:
+        directory, level = waiting.pop()
+        entries = list_entries(directory)
+        found += entries.passed_over
+        waiting += [(sub, level + 1) for sub in entries.folders if level < MAX_LEVELS]
+    return found
+
+
+def tell_passed_over(found: Sequence[tuple[Path | str, str]]) -> str:
+    """How many there are, and the first with its reason: "the 5 entries in it are passed over, ..."."""
+    first, reason = found[0]
+    name = Path(first).name.encode("utf-8", "backslashreplace").decode()
+    if len(found) == 1:
+        return f"the only entry in it is passed over: {name!r}: {reason}"
+    return f"the {len(found):,} entries in it are passed over, the first of them {name!r}: {reason}"
 
 
 def too_deep(name: str) -> str:

@@ -19,7 +19,7 @@ from daemon.compose import Context, Known, compose
 from daemon.config import Config, check_template
 from daemon.errors import InboxError
 from daemon.inbox import ARCHIVE_SUFFIXES, is_archive
-from daemon.layout import SUBMITTED_FILE, kind_of
+from daemon.layout import SUBMITTED_FILE, kind_of, passed_over, tell_passed_over
 from daemon.source import UNPACKED_DIR, Submitted, read_one
 from deploy import atomic
 
@@ -129,7 +129,10 @@ def _submittable(path: Path) -> Path:
         raise InboxError(f"{path} does not exist; give a folder or an archive")
     if path.is_dir():
         if kind_of(path) == "empty":
-            raise InboxError(f"{path} holds no files; give a folder of images, or of class folders")
+            what = "holds no files; give a folder of images, or of class folders"
+            if found := passed_over(path):
+                what = f"holds no usable file, {tell_passed_over(found)}"
+            raise InboxError(f"{path} {what}")
     elif not is_archive(path.name):
         suffixes = ", ".join(ARCHIVE_SUFFIXES)
         raise InboxError(
