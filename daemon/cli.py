@@ -17,6 +17,7 @@ import click
 from daemon import cli_feed, cli_look, cli_steer
 from daemon.errors import DaemonError
 from daemon.output import Options, common_options
+from daemon.status import describe
 from deploy.errors import DeployError
 
 COMMANDS = (
@@ -61,7 +62,7 @@ def _run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(arguments, f"{error.strerror or error}: {error.filename or 'no file named'}", 1)
+        return _fail(arguments, describe(error), 1)
     except (KeyboardInterrupt, click.Abort):
         return _fail(arguments, "interrupted", 1)
     return result if isinstance(result, int) else 0

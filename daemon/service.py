@@ -20,7 +20,7 @@ from daemon.reception import Reception
 from daemon.recovery import missing_events
 from daemon.requests import Answer, Request, execute_pending
 from daemon.spool import STATES, Spool
-from daemon.status import StatusFile, is_full_disk, pin_fields
+from daemon.status import StatusFile, describe, is_full_disk, pin_fields
 from deploy.errors import DeployError
 from deploy.store import VersionStore
 
@@ -100,10 +100,10 @@ class Service:
         """A sentence for people; the system's own about a full disk names no file and nothing to do."""
         if not isinstance(error, OSError):
             return str(error)
-        what = f"{error.strerror or error}: {error.filename or self._home}"
-        waiting = ", ".join(self._spool.ids("work"))
-        where = f" Meanwhile {waiting} waits in {self._spool.state_dir('work')}." if waiting else ""
-        return f"the disk is full ({what}); free some space.{where}" if is_full_disk(error) else what
+        what, waiting = describe(error, self._home), ", ".join(self._spool.ids("work"))
+        if not waiting or not is_full_disk(error):
+            return what
+        return f"{what}; meanwhile {waiting} waits in {self._spool.state_dir('work')}"
 
     @property
     def trouble(self) -> str | None:

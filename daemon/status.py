@@ -4,6 +4,7 @@
 crash, and nothing reads it to decide. `snapshot` reads the listing itself.
 """
 
+import errno
 import json
 import os
 import time
@@ -97,10 +98,20 @@ def read_status(home: Path) -> dict[str, Any]:
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or what it was raised from, is the operating system's "no space left"."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         error = error.__cause__
     return False
+
+
+def describe(error: OSError, where: object = "no file named") -> str:
+    """What the operating system refused, in a sentence; of a full disk it says no more than that it is full.
+
+    Args:
+        where: named instead where the error names no file.
+    """
+    what = f"{error.strerror or error}: {error.filename or where}"
+    return f"the disk is full ({what}); free some space" if is_full_disk(error) else what
 
 
 def free_bytes(path: Path) -> int:

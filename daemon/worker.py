@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from daemon.status import describe, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 
 LOCK_NAME = "worker.lock"
@@ -82,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         outlet.say("error", message="the worker ran out of memory; make the batch smaller", retry=True)
         code = EXIT_FAILED
     except OSError as error:
-        outlet.say(
-            "error", message=f"{error.strerror or error}: {error.filename or 'no file named'}", retry=True
-        )
+        _blame(outlet, error, describe(error, options.home), retry=True)
         code = EXIT_FAILED
     sys.exit(code)
 
@@ -114,13 +113,21 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
         outlet.say("error", message=str(error), retry=True, fault="home")
         return EXIT_FAILED
     except WorkerError as error:  # what was made of the batch is damaged: it can be made again
-        outlet.say("error", message=str(error), retry=True)
+        _blame(outlet, error, str(error), retry=True)
         return EXIT_FAILED
     except (DaemonError, DeployError, DynloraError) as error:
-        outlet.say("error", message=str(error), retry=False)
+        _blame(outlet, error, str(error), retry=False)
         return EXIT_FAILED
     outlet.say("result")
     return EXIT_DONE
+
+
+def _blame(outlet: Outlet, error: Exception, why: str, *, retry: bool) -> None:
+    """Say what went wrong; no batch is to blame for a disk that is full."""
+    if is_full_disk(error):
+        outlet.say("error", message=why, retry=True, fault="home")
+    else:
+        outlet.say("error", message=why, retry=retry)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from daemon import cli_feed
+from deploy.store import VersionStore
 from tests.daemon.running.programs import ROOT
 
 
@@ -83,6 +84,58 @@ def test_a_worker_blames_the_home_for_its_configuration_and_its_versions(quick_h
     said = json.loads(done.stdout.splitlines()[-1])
 
     assert (done.returncode, said["fault"]) == (1, "home"), said
+
+
+def test_a_worker_blames_the_home_for_a_full_disk(quick_home, mount_tmpfs):
+    """No attempt is lost to it, and the sentence says what to do."""
+    batch_dir = quick_home / "spool" / "work" / "000001-cups"
+    batch_dir.parent.rmdir()
+    disk = mount_tmpfs("small", 8192)  # two pages
+    batch_dir.parent.symlink_to(disk)
+    batch_dir.mkdir()
+    (batch_dir / "batch.json").write_text(EMPTY_BATCH)
+    (disk / "filler").write_bytes(bytes(4096))
+    arguments = ["adapt", "--home", str(quick_home), "--batch", "000001-cups", "--parent", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "daemon.worker", "--parent-pid", str(os.getpid()), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    said = json.loads(done.stdout.splitlines()[-1])
+
+    assert (done.returncode, said["fault"], said["retry"]) == (1, "home", True), said
+    assert said["message"].startswith("the disk is full (No space left on device: ")
+
+
+def test_init_on_a_full_disk_says_so_and_publishes_nothing(mount_tmpfs):
+    """One sentence instead of a bare number of the system."""
+    disk = mount_tmpfs("small", 20 << 20)
+    done = subprocess.run(
+        [sys.executable, "-m", "daemon.cli", "init", str(disk / "home")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+    assert done.returncode == 1
+    assert "Error: the disk is full (" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert VersionStore(disk / "home" / "serving").versions() == []
+
+
+def test_init_on_a_disk_too_full_for_an_empty_home_says_so(mount_tmpfs, dynlora):
+    """Also before there is a worker that could."""
+    disk = mount_tmpfs("small", 4096)
+    (disk / "filler").write_bytes(bytes(4096))
+    code, _, err = dynlora("init", disk / "home")
+
+    assert code == 1
+    assert "Error: the disk is full (No space left on device" in err
 
 
 EMPTY_BATCH = json.dumps(
