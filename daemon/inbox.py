@@ -16,6 +16,7 @@ from typing import Literal
 
 from daemon.config import InboxConfig
 from daemon.errors import InboxError
+from daemon.hidden import Hidden, is_hidden_junk, look_at, why_told
 from daemon.layout import (
     MAX_LEVELS,
     READY_FILE,
@@ -64,7 +65,7 @@ class Scan:
 
     items: tuple[Item, ...] = ()
     problems: tuple[Problem, ...] = ()
-    ignored: tuple[str, ...] = ()  # names with a leading dot
+    hidden: tuple[Hidden, ...] = ()
 
     def find(self, name: str) -> Item | None:
         """The item of that name."""
@@ -105,22 +106,25 @@ def scan_inbox(
     """
     items: list[Item] = []
     problems: list[Problem] = []
-    ignored: list[str] = []
+    hidden: list[Hidden] = []
     for entry in sorted(os.scandir(inbox), key=lambda entry: entry.name):
         name = entry.name
         if name in unfinished:
             problems.append(Problem(name, f"{name} is being taken in; leave it as it is until that is done"))
         elif name.startswith(CLAIMED_PREFIX):
             problems.append(Problem(name, _claimed(Path(entry.path))))
-        elif name.startswith(".") or is_junk(name):
-            ignored.append(name)
+        elif name.startswith("."):
+            if entry.is_dir(follow_symlinks=False) and not is_hidden_junk(name):
+                hidden.append(look_at(Path(entry.path), now, previous.hidden if previous else ()))
+        elif is_junk(name):
+            continue
         else:
             found = _look_at(entry, now, previous, left=(left_behind or {}).get(name, ""))
             if isinstance(found, Item):
                 items.append(found)
             elif found is not None:
                 problems.append(Problem(name, found))
-    return Scan(tuple(items), tuple(problems), tuple(ignored))
+    return Scan(tuple(items), tuple(problems), tuple(hidden))
 
 
 def _look_at(entry: os.DirEntry[str], now: float, previous: Scan | None, *, left: str) -> Item | str | None:
@@ -181,6 +185,12 @@ def empty_folders(scan: Scan, now: float, config: InboxConfig) -> list[Problem]:
         for item in scan.items
         if item.kind == "empty" and now - item.quiet_since >= config.gather_seconds
     ]
+
+
+def hidden_folders(scan: Scan, now: float, config: InboxConfig) -> list[Problem]:
+    """Folders with a leading dot that nobody has worked in for so long that somebody should be told. Pure."""
+    told = [(folder.path.name, why_told(folder, now, config)) for folder in scan.hidden]
+    return [Problem(name, sentence) for name, sentence in told if sentence is not None]
 
 
 def _why_left(entry: os.DirEntry[str]) -> str | None:

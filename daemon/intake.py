@@ -9,7 +9,7 @@ incoming/. Knows nothing of learning; what is live it is told.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from daemon.compose import Context, Known, KnownClass, compose
 from daemon.config import Config
 from daemon.delivery import flush, move_images
 from daemon.errors import DaemonError, InboxError, NoSpaceError, Stopped
-from daemon.inbox import Item, Problem, Scan, empty_folders, ready_items, scan_inbox
+from daemon.inbox import Item, Problem, Scan, empty_folders, hidden_folders, ready_items, scan_inbox
 from daemon.source import read_source
 from daemon.spool import Reason, Spool
 from deploy import atomic
@@ -127,7 +127,9 @@ class Intake:
     def _tell(self, now: float) -> list[IntakeEvent]:
         """Each problem once, as long as it stays the same."""
         told = set(self.problems)
-        self.problems = (*self.scan.problems, *empty_folders(self.scan, now, self.config.inbox))
+        empty = empty_folders(self.scan, now, self.config.inbox)
+        hidden = hidden_folders(self.scan, now, self.config.inbox)
+        self.problems = (*self.scan.problems, *empty, *hidden)
         return [IntakeEvent("inbox_problem", p.sentence) for p in self.problems if p not in told]
 
     def _take(self, group: list[Item]) -> list[IntakeEvent]:
@@ -136,7 +138,7 @@ class Intake:
         received_at = datetime.now(UTC).isoformat(timespec="seconds")
         claim = stake(group, self.inbox, spool=self.spool, seq=seq, received_at=received_at)
         rest = tuple(item for item in self.scan.items if item not in group)
-        self.scan = Scan(rest, self.scan.problems, self.scan.ignored)
+        self.scan = replace(self.scan, items=rest)
         return self._try_to_finish(claim.id)
 
     def _try_to_finish(self, batch: str) -> list[IntakeEvent]:

@@ -312,17 +312,20 @@ def test_awkward_names_are_taken_as_they_are(bench) -> None:
     assert messages == [f"000001-rm-rf-and-5-more is queued: 24 images of {shown}"]
 
 
-def test_names_with_a_leading_dot_are_ignored_and_listed(bench) -> None:
+def test_names_with_a_leading_dot_are_told_of_and_not_learnt(bench) -> None:
     """In the inbox root they stay; in a class folder they are named in the record."""
     bench.paint(bench.inbox / ".hidden" / "0.png")
     folder = bench.class_folder("dress")
     bench.paint(folder / "._shadow.png")
     (folder / "Thumbs.db").write_bytes(b"x")
 
-    bench.settle()
+    messages = bench.settle()
 
     aside = bench.aside(bench.only("queued"))
-    assert bench.intake.scan.ignored == (".hidden",)
+    assert messages[0] == (
+        ".hidden is ignored because its name starts with a dot; rename it if it was meant to be learnt, "
+        "else take it out of the inbox"
+    )
     assert (bench.inbox / ".hidden" / "0.png").exists()
     assert "its name starts with a dot; rename it if it was meant to be learnt" in aside["._shadow.png"]
     assert aside["Thumbs.db"].startswith("ignored")
