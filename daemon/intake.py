@@ -52,6 +52,7 @@ class Intake:
     scan: Scan = field(default_factory=Scan)
     problems: tuple[Problem, ...] = ()
     waits: str | None = None  # why nothing is taken in now, such as a full disk
+    _untold: list[IntakeEvent] = field(default_factory=list)
     _counted: set[str] = field(default_factory=set)  # claims whose attempt counter this process raised
 
     def step(self, now: float) -> list[IntakeEvent]:
@@ -61,7 +62,7 @@ class Intake:
             InboxError: the inbox cannot be read; says what to do.
             DeployError: the version store cannot be read; nothing is failed for that, every claim stays.
         """
-        events: list[IntakeEvent] = []
+        events = self._untold  # kept where an error comes between: what happened is told at the next step
         told, self.waits = self.waits, None
         try:
             for batch in self.spool.ids("incoming"):
@@ -73,6 +74,7 @@ class Intake:
             self.waits = told = str(error)
         if self.waits not in {None, told}:
             events.append(IntakeEvent("intake_waits", str(self.waits)))
+        self._untold = []
         return events
 
     def _take_ready(self, now: float, events: list[IntakeEvent]) -> None:

@@ -8,10 +8,12 @@ import pytest
 
 from daemon.batch import BATCH_FILE
 from daemon.claim import read_claim
+from daemon.compose import Known
 from daemon.delivery import without
 from daemon.intake import MAX_CRASHES
 from daemon.progress import LineView
 from daemon.service import Service
+from deploy.errors import StoreError
 
 
 def in_child(work) -> int:
@@ -207,3 +209,25 @@ def test_a_drop_does_not_fail_for_a_fault_of_the_home(bench, caplog, is_claimed:
     (bench.home / "serving" / "versions" / "0").rmdir()
     bench.settle()
     assert bench.spool.ids("queued") == ["000001-dress"]
+
+
+def test_what_happened_before_a_fault_of_the_home_is_told_after_it(bench) -> None:
+    """The first of two drops was queued; then the version store could not be read."""
+    for name in ("a", "b"):
+        bench.class_folder("dress", under=bench.inbox / name)
+    bench.step()
+    current = bench.home / "serving" / "current"
+
+    def known() -> Known:
+        if bench.spool.ids("queued"):
+            raise StoreError(f"{current} points nowhere")
+        return Known()
+
+    bench.intake.known = known
+    with pytest.raises(StoreError):
+        bench.step(60)
+    bench.intake.known = Known
+
+    messages = [event.message for event in [*bench.step(60), *bench.step(60)]]
+
+    assert messages[:2] == [f"00000{n}-{name} is queued: 5 images of dress" for n, name in ((1, "a"), (2, "b"))]
