@@ -26,6 +26,7 @@ READY_FILE = ".ready"
 SUBMITTED_FILE = ".submitted.json"
 MAX_LEVELS = 64  # of folders in folders: far more than anybody means, and far from any limit of ours
 _MAX_NOTE_BYTES = 1 << 20
+_MOST_QUOTED = 80  # characters of what a stranger wrote, in a message
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 _OWN_FILES = {NOTE_FILE, READY_FILE, SUBMITTED_FILE}
 
@@ -282,9 +283,13 @@ def read_note(folder: Path, name: str | None = None) -> Note:
         raise InboxError(f"{shown} cannot be read: it is nested too deeply; write it plainly") from error
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
+        key = _cut(".".join(str(part) for part in problem["loc"]))
         if problem["type"] == "extra_forbidden":
             what = f"unknown key {key}; the keys are id, submitter, template and classes"
         else:
-            what = f"{key} is {problem['input']!r}; {problem['msg'].removeprefix('Value error, ')}"
+            what = f"{key} is {_cut(repr(problem['input']))}; {problem['msg'].removeprefix('Value error, ')}"
         raise InboxError(f"{shown} cannot be used: {what}") from error
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}…"

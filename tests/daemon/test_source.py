@@ -77,3 +77,14 @@ def test_a_folder_without_a_note_is_none_of_submits(bench) -> None:
     assert read_submitted(folder / "dress" / "0.png") is None
     shutil.rmtree(folder)
     assert read_submitted(folder) is None
+
+
+def test_a_wrong_value_in_a_note_is_quoted_in_part(bench) -> None:
+    """A message is for reading, and so is the log; a note may be a MiB long."""
+    folder = bench.inbox / "spring"
+    bench.class_folder("dress", under=folder)
+    (folder / "batch.toml").write_text(f"id = {['x' * 1000] * 500}")
+
+    (message,) = bench.settle()
+
+    assert f"spring/batch.toml cannot be used: id is ['{'x' * 78}…; Input should be a valid string" in message
