@@ -234,12 +234,17 @@ def _settings(plan: Plan) -> presets.Settings:
 
 
 def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds: float) -> Hooks:
-    """Progress out, stop requests in, a checkpoint every so often. No clock reaches what is learnt."""
+    """Progress out, stop requests in, a checkpoint every so often. No clock reaches what is learnt.
+
+    The last step is always saved: what comes after it can then be made again without learning again.
+    """
     last_saved = time.monotonic()
+    is_last = False
     first: tuple[int, float] | None = None  # step and time; what came before it says nothing of the rest
 
     def on_progress(progress: Progress) -> None:
-        nonlocal first
+        nonlocal first, is_last
+        is_last = progress.step == progress.steps
         now = time.monotonic()
         first = first or (progress.step, now)
         done = progress.step - first[0]
@@ -253,7 +258,7 @@ def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds:
         )
 
     def should_save() -> bool:
-        return time.monotonic() - last_saved >= checkpoint_seconds
+        return is_last or time.monotonic() - last_saved >= checkpoint_seconds
 
     def save(content: bytes) -> None:
         nonlocal last_saved

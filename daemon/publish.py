@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from daemon import logs
 from daemon.batch import Batch
@@ -27,10 +27,13 @@ from daemon.recovery import WorkListing
 from daemon.report import DECISION_NAME, RESULT_DIR, Report, load_report
 from daemon.spool import Spool
 from deploy import atomic
-from deploy.manifest import DELTA_NAME, Decision, Manifest
+from deploy.errors import VerifyError
+from deploy.manifest import DELTA_NAME, Decision, FileRecord, Manifest
 from deploy.store import STAGING_PREFIX, VersionStore
+from deploy.verify import check_files
 
 Tell = Callable[..., None]
+_RECORDS = TypeAdapter(dict[str, FileRecord])
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,24 @@ class Publisher:
     def staging_dir(self, batch_id: str) -> Path:
         """Where the worker stages this batch's version."""
         return self.store.versions_dir / f"{STAGING_PREFIX}{batch_id}"
+
+    def whole_candidates(self) -> list[str]:
+        """The batches in work/ whose worker was done: their report is there and their staged version whole.
+
+        Every file is read, for a crash may have taken what was written but not yet flushed.
+        """
+        return [batch_id for batch_id in self.spool.ids("work") if self._is_whole(batch_id)]
+
+    def _is_whole(self, batch_id: str) -> bool:
+        report = _readable_report(self.spool.state_dir("work") / batch_id)
+        if report is None or not self.staging_dir(batch_id).is_dir():
+            return False
+        try:
+            check_files(self.staging_dir(batch_id), _RECORDS.validate_python(report.manifest.get("files")))
+        except (OSError, ValidationError, VerifyError) as error:
+            logs.log("staged version dropped", level=logging.WARNING, batch=batch_id, why=str(error))
+            return False
+        return True
 
     def judge(self, batch_id: str, now: datetime) -> Decision:
         """Decide about the finished candidate and act on it.

@@ -42,8 +42,8 @@ class Service:
         self._events = EventLog(home, max_bytes=config.log.events_max_bytes)
         self._status = StatusFile(home)
         self.reception = Reception(home, config, tell=self.tell)
-        publisher = Publisher(home, config, self._spool, self._store, self.tell)
-        self._lifecycle = Lifecycle(publisher, launch)
+        self._publisher = Publisher(home, config, self._spool, self._store, self.tell)
+        self._lifecycle = Lifecycle(self._publisher, launch)
         self._requests, self._inbox, self._learning, self._cleaning = (Part(self._explain) for _ in range(4))
         self._parts = (self._learning, self._inbox, self._requests, self._cleaning)
         self._answers: dict[str, Answer] = {}  # of requests that were executed on a disk too full to say so
@@ -63,7 +63,7 @@ class Service:
             self._learning.rest(error, now=0.0)
 
     def _recover(self) -> None:
-        self._store.recover()
+        self._store.recover(keep=self._publisher.whole_candidates())
         live = self._store.current()
         self._spool.recover()
         retention.remove_leftovers(self._home)

@@ -19,6 +19,7 @@ Which files make a version, and whether they fit together, is deploy.manifest's 
 import contextlib
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from deploy import atomic
@@ -136,14 +137,17 @@ class VersionStore(StoreReader):
         _log.info("%s released the pin on version %d", who, pin.version)
         return pin
 
-    def recover(self) -> list[str]:
+    def recover(self, keep: Collection[str] = ()) -> list[str]:
         """Finish or undo what a killed process left, and return a sentence for each thing done.
+
+        Args:
+            keep: names given to stage() whose directories are whole and stay, to be published; the others go.
 
         Raises:
             StoreError: pin.json cannot be read, or pins a version that cannot be served.
         """
         self.create()
-        done = [*self._remove_leftovers(), *self._finish_next()]
+        done = [*self._remove_leftovers(keep), *self._finish_next()]
         pin = self.pin()
         link = self.serving_dir / CURRENT_NAME
         if pin is not None and not (
@@ -251,13 +255,14 @@ class VersionStore(StoreReader):
         atomic.rename(upcoming, self.serving_dir / CURRENT_NAME)
         return [f"finished the publication of {target}"]
 
-    def _remove_leftovers(self) -> list[str]:
+    def _remove_leftovers(self, keep: Collection[str]) -> list[str]:
+        kept = {f"{STAGING_PREFIX}{name}" for name in keep}
         prefixes = (atomic.TEMPORARY_PREFIX, STAGING_PREFIX)
         leftovers = [
             path
             for directory in (self.serving_dir, self.versions_dir)
             for path in sorted(directory.iterdir())
-            if path.name.startswith(prefixes)
+            if path.name.startswith(prefixes) and path.name not in kept
         ]
         for path in leftovers:
             atomic.remove_tree(path)

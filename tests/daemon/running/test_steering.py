@@ -1,7 +1,10 @@
 """Pins, roll-backs, stops and starts while batches are on their way; what status and events say."""
 
 import json
+import os
 import time
+
+import pytest
 
 from daemon import requests
 from daemon.requests import Answer, Request
@@ -109,6 +112,43 @@ def test_stopping_stops_the_worker_at_a_checkpoint_and_the_next_start_goes_on_fr
     assert bench.service._lifecycle.working["resumed_at"] == saved > 5
     bench.behave(steps=1)
     bench.tick_until(lambda: bench.store.current() == 1)
+
+
+@pytest.fixture
+def unjudged(bench):
+    """A service whose daemon ended when the worker was done and nobody had looked at its report yet."""
+    bench.drop("cups")
+    bench.tick_until(lambda: bench.service._lifecycle.working)
+    bench.service._lifecycle._job.worker._process.wait(timeout=30)
+    bench.service.stop()
+    [bench.batch_id] = bench.spool.ids("work")
+    bench.staging = bench.store.versions_dir / f".staging-{bench.batch_id}"
+    return bench
+
+
+def test_a_daemon_that_ended_between_report_and_publishing_publishes_without_learning_again(unjudged):
+    """The staged version is whole, so the next start only finishes it."""
+    unjudged.new_service().start()
+    unjudged.run()
+
+    assert unjudged.store.current() == 1
+    assert unjudged.events().count("adapting") == 1
+    assert len(unjudged.spool.load(unjudged.batch_id).attempts) == 1
+
+
+@pytest.mark.parametrize("lost", ["weights.safetensors", "classes.json"])
+def test_a_staged_version_that_a_crash_left_in_part_is_made_again_and_costs_no_attempt(unjudged, lost):
+    """What was written last may be gone after a power cut: found by reading everything."""
+    size = (unjudged.staging / lost).stat().st_size
+    os.truncate(unjudged.staging / lost, size // 2)
+    os.truncate(unjudged.staging / lost, size)  # of the right size, and zeros where data was
+    unjudged.new_service().start()
+    assert not unjudged.staging.exists()
+    unjudged.run()
+
+    outcomes = [attempt.outcome for attempt in unjudged.spool.load(unjudged.batch_id).attempts]
+    assert outcomes == ["interrupted", "published as version 1"]
+    assert unjudged.store.current() == 1
 
 
 def test_a_worker_that_ignores_sigterm_is_made_to_stop_when_its_time_is_up_or_force_is_used(bench):
