@@ -230,4 +230,4 @@ def test_what_happened_before_a_fault_of_the_home_is_told_after_it(bench) -> Non
 
     messages = [event.message for event in [*bench.step(60), *bench.step(60)]]
 
-    assert messages[:2] == [f"00000{n}-{name} is queued: 5 images of dress" for n, name in ((1, "a"), (2, "b"))]
+    assert messages[:2] == [f"{batch} is queued: 5 images of dress" for batch in ("000001-a", "000002-b")]
