@@ -175,7 +175,7 @@ def load_task(
     """The batch's training and tuning images in memory, each decoded once. Exam images are not opened.
 
     Raises:
-        BatchError: an image is missing or damaged; names it.
+        BatchError: an image is missing, a link, or not what was taken in; names it.
     """
     entries = {entry.key: entry for entry in classes}
     keys = [c.key for c in batch.classes]
@@ -186,7 +186,7 @@ def load_task(
             return torch.empty(0), torch.empty(0, dtype=torch.int64)
         pixels = np.empty((len(images), 3, *preprocessing.size), np.float32)
         for row, image in zip(pixels, images, strict=True):
-            row[:] = load_pixels(work_dir / image.file, preprocessing)
+            row[:] = load_pixels(work_dir / image.file, preprocessing, sha256=image.sha256)
         labels = [keys.index(image.class_key) for image in images]
         return torch.from_numpy(pixels), torch.tensor(labels)
 

@@ -3,6 +3,10 @@
 Always over the union of all known names, the new ones included: that is what a deployed model faces.
 """
 
+import errno
+import hashlib
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,17 +57,45 @@ class Grades:
         }
 
 
-def load_pixels(path: Path, preprocessing: Preprocessing) -> Float32:
+def load_pixels(path: Path, preprocessing: Preprocessing, *, sha256: str | None = None) -> Float32:
     """One image as the model takes it: (3, height, width).
 
+    Args:
+        sha256: what the file was when the batch was taken in; None to take it as it is.
+
     Raises:
-        BatchError: the image is missing or damaged; names it.
+        BatchError: the image is missing, damaged, a link, or no longer what it was; names it.
     """
     try:
-        pixels: Float32 = preprocessing([decode_image(path)])[0]
+        pixels: Float32 = preprocessing([decode_image(path if sha256 is None else _read(path, sha256))])[0]
     except ImageError as error:
         raise BatchError(f"{path} cannot be used: {error.reason}") from error
     return pixels
+
+
+def _read(path: Path, sha256: str) -> bytes:
+    """The content of a plain file, read once: what is hashed is what is decoded."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ImageError(
+                "it is a link now, and links are never followed; drop the images again"
+            ) from error
+        if error.errno == errno.ENOENT:
+            raise ImageError("the file does not exist (or no longer)") from error
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ImageError("it is no plain file any more; drop the images again")
+        content = file.read()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ImageError(
+            f"it was changed after it was taken in: batch.json records sha256 {sha256}, found {found}; "
+            "drop the images again"
+        )
+    return content
 
 
 @dataclass

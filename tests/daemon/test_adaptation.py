@@ -1,6 +1,17 @@
 """The worker's side of learning: when it saves, what it loads."""
 
-from daemon.adaptation import _hooks
+import hashlib
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from daemon.adaptation import _hooks, load_task
+from daemon.batch import Batch, BatchClass, BatchImage
+from daemon.errors import BatchError
+from deploy.manifest import ClassEntry
+from deploy.preprocess import Preprocessing
 from dynlora.learner import Progress
 
 
@@ -32,3 +43,67 @@ def test_the_last_step_is_always_kept(tmp_path):
 
     assert saves == [False, False, True]
     assert [said["step"] for said in outlet.said] == [1, 2, 3]
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Two images of one class, one to train and one to tune on."""
+    images = []
+    for number, split in enumerate(("train", "tune")):
+        path = tmp_path / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((24, 24, 3), 100 * number, np.uint8)).save(path)
+        images.append(
+            BatchImage(
+                file=f"images/{number}.png",
+                origin=f"cups/{number}.png",
+                class_key="cups",
+                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+                width=24,
+                height=24,
+                split=split,
+            )
+        )
+    cups = BatchClass(name="cups", key="cups", template="a {}", folder="cups", is_new=True)
+    return Batch(
+        id="000001-cups",
+        seq=1,
+        slug="cups",
+        kind="folders",
+        received_at="2026-01-01T00:00:00+00:00",
+        content_sha256="0" * 64,
+        classes=[cups],
+        images=images,
+    )
+
+
+def load(batch, work_dir):
+    """As the worker does it."""
+    preprocessing = Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3)
+    return load_task(batch, work_dir, preprocessing, (ClassEntry(name="cups", key="cups", template="a {}"),))
+
+
+def test_images_are_learnt_as_they_were_taken_in(batch, tmp_path):
+    """One to train, one to tune on, each in its place."""
+    task = load(batch, tmp_path)
+
+    assert (len(task.pixels), len(task.tune_pixels)) == (1, 1)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("spoil", ["other", "link", "gone", "pipe"])
+def test_an_image_that_is_not_what_was_taken_in_is_never_learnt(batch, tmp_path, number, spoil):
+    """Swapped, linked to the very same content, lost, or a pipe that never ends: the file is named."""
+    path = tmp_path / "images" / f"{number}.png"
+    content = path.read_bytes()
+    path.unlink()
+    if spoil == "other":
+        Image.fromarray(np.full((24, 24, 3), 7, np.uint8)).save(path)
+    elif spoil == "link":
+        (tmp_path / "elsewhere.png").write_bytes(content)
+        path.symlink_to(tmp_path / "elsewhere.png")
+    elif spoil == "pipe":
+        os.mkfifo(path)
+
+    with pytest.raises(BatchError, match=rf"images/{number}\.png cannot be used"):
+        load(batch, tmp_path)
