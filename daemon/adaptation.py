@@ -132,7 +132,7 @@ def adapt_batch(
         after = examiner.grade(staging)
     exams = examiner.compare(before, after)
     draft |= {
-        "method": _method(plan, adaptation),
+        "method": _method(plan, adaptation, watch.seconds["train"]),
         "ranks": adaptation.ranks,
         "delta_norm": delta.norm,
         "drift_norm": drift,
@@ -269,7 +269,8 @@ def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds:
     return Hooks(on_progress, lambda: stop.is_set, should_save, save, resume_from)
 
 
-def _method(plan: Plan, adaptation: Adaptation) -> dict[str, object]:
+def _method(plan: Plan, adaptation: Adaptation, seconds: float) -> dict[str, object]:
+    """`seconds` of training in this process: after a resume, of what was left to do."""
     return {
         "preset": plan.preset,
         "settings": plan.settings,
@@ -278,6 +279,7 @@ def _method(plan: Plan, adaptation: Adaptation) -> dict[str, object]:
         "final_loss": adaptation.loss,
         "scale": adaptation.scale,
         "threads": plan.threads,
+        "seconds": seconds,
     }
 
 

@@ -53,7 +53,7 @@ def init(
     arguments += ["--classes", str(classes_path)] if classes_path else []
     with HomeLock(home), showing() as view:
         _run_worker(home, arguments, view)
-        EventLog(home).append("initialised", version=store.current())
+        EventLog(home).record("initialised", version=store.current())
     names = [entry.name for entry in load_classes(store.path(0)).classes]
     manifest = store.live_manifest()
     document = {
@@ -213,6 +213,8 @@ def _say_outcome(outcome: dict[str, Any]) -> None:
 def _outcome_line(outcome: dict[str, Any]) -> str:
     event, batch = outcome["event"], outcome.get("batch")
     if event == "published":
+        if (live := outcome.get("live", outcome["version"])) != outcome["version"]:
+            return f"{batch} became version {outcome['version']}; version {live} is live"
         return f"{batch} is live as version {outcome['version']}"
     if outcome.get("is_held"):
         return str(outcome["why"])

@@ -97,8 +97,9 @@ def _outcome(home: Path, spool: Spool, state: State, batch_id: str) -> dict[str,
         return {"event": "held", "batch": batch_id, "duplicate_of": twin, "why": why}
     if batch.duplicate_of is not None:
         return {"event": "duplicate", "batch": batch_id, "duplicate_of": batch.duplicate_of}
-    published = VersionStore(home / "serving").published_batches()[batch_id]
-    return {"event": "published", "batch": batch_id, "version": published.version}
+    store = VersionStore(home / "serving")
+    published, live = store.published_batches()[batch_id], store.current()
+    return {"event": "published", "batch": batch_id, "version": published.version, "live": live}
 
 
 def _notes(spool: Spool, batch_id: str) -> dict[str, Any]:
