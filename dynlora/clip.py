@@ -15,7 +15,7 @@ from dynlora.attach import check_supported
 from dynlora.errors import ModelError
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
-BUNDLED_CONFIG = BUNDLED_DIR / "tiny-clip-v0.json"
+BUNDLED_CONFIG = BUNDLED_DIR / "small-clip-64.json"
 BUNDLED_WEIGHTS = BUNDLED_DIR / "open_clip_model.safetensors"
 
 

@@ -35,13 +35,13 @@ class Settings:
     vision_learning_rate: float | None = None  # None: as the text tower's
     gate_learning_rate_factor: float = 1.0  # gates learn so many times faster than lora_A and lora_B
     rise: float = 1.0
-    rise_alone_factor: float = 5.0  # for one class dropped alone: nothing else teaches it
+    rise_alone_factor: float = 2.5  # for one class dropped alone: nothing else teaches it
     margin: float = 0.0  # logits a new class is to stand above all others
     hold: float = 60.0
     apart: float = 20.0
     aloof: float = 0.5
     look: float = 20.0
-    known_factor: float = 4.0  # a known name weighs as much as so many of the bank
+    known_factor: float = 8.0  # a known name weighs as much as so many of the bank
     names_per_step: int = 48  # known names, and bank names, looked at in a step
     views: int = 4  # crops of each image, drawn once
     stand_ins: int = 64  # drawn once

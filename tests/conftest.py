@@ -105,8 +105,13 @@ class VersionMaker:
             )
 
         text = "transformer.resblocks.2.mlp.c_fc.weight"
-        fused = next(  # several square matrices above each other
-            k for k, s in shapes.items() if "visual." in k and ".attn." in k and len(s) == 2 and s[0] > s[1]
+        fused = max(  # several square matrices above each other
+            (
+                k
+                for k, s in shapes.items()
+                if "visual." in k and ".attn." in k and len(s) == 2 and s[0] > s[1]
+            ),
+            key=lambda k: shapes[k],
         )
         width = shapes[fused][1]
         return Delta([factor(fused, width, 2 * width), factor(text, 0, shapes[text][0])])

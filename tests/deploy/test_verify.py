@@ -104,14 +104,14 @@ def test_missing_and_foreign_files_and_links_are_found(copied: Path) -> None:
 
 def test_weights_of_the_right_form_but_wrong_values_fail_parity(copied: Path) -> None:
     """Checksums would agree if the wrong weights had been staged; torch's outputs do not."""
-    offset, length = read_layout(copied / "weights.safetensors")["visual.proj"]
+    offset, length = read_layout(copied / "weights.safetensors")["text_projection"]
     view = np.memmap(
         copied / "weights.safetensors", np.float32, mode="r+", offset=offset, shape=(length // 4,)
     )
     view[:] = view[::-1].copy()
     view.flush()
     with pytest.raises(
-        VerifyError, match=r"vision_model\.onnx differs from torch by .*, expected at most 0\.0001"
+        VerifyError, match=r"text_model\.onnx differs from torch by .*, expected at most 1e-05"
     ):
         verify_staged(copied, embed_dim=128)
 

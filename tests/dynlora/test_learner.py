@@ -97,11 +97,13 @@ def test_a_checkpoint_of_another_run_is_refused(clip, task):
 
 def test_pruned_ranks_are_counted_and_left_out_of_the_factors(clip, task):
     """Kept ranks add up to the factors' sizes, and some gates did die."""
+    with attached(clip.model, rank=4) as sites:
+        matrices = len(sites)
     result = adapt(clip, task, SHORT, seed=1)
 
-    assert len(result.ranks) == 60
+    assert len(result.ranks) == matrices
     assert sum(result.ranks.values()) == sum(len(factor.importance) for factor in result.factors)
-    assert 0 < sum(result.ranks.values()) < 60 * 4
+    assert 0 < sum(result.ranks.values()) < matrices * 4
     assert all((factor.importance != 0).all() for factor in result.factors)
 
 

@@ -11,7 +11,7 @@ from daemon.status import free_bytes
 from deploy.verify import verify_version
 from tests.e2e.conftest import Home, wait_until
 
-SIZE = "260m"  # a version takes 34 MB; version 0, a candidate and its delta fit comfortably
+SIZE = "320m"  # a version takes 43 MB; version 0, a candidate and its delta fit comfortably
 
 
 @pytest.fixture

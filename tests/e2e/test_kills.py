@@ -28,8 +28,8 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(
     done, life = 0, 0
     while done < kills:
         life += 1
-        shutil.copytree(initialised, tmp_path / f"home-{life}", symlinks=True)
-        done = live(Home(tmp_path / f"home-{life}"), undisturbed, moments, range(done, kills))
+        home = Home(shutil.copytree(initialised, tmp_path / str(life) / "home", symlinks=True))
+        done = live(home, undisturbed, moments, range(done, kills))
     print(f"{done} kills in {life} lives")
     assert done == kills
 
