@@ -205,7 +205,7 @@ def _say_outcome(outcome: dict[str, Any]) -> None:
     from daemon.batch import the_first
 
     for sentences in (outcome.get("set_aside", []), outcome.get("warnings", [])):
-        for sentence in the_first(sentences, outcome["record"]):
+        for sentence in the_first(sentences, outcome.get("record", "")):
             click.echo(sentence)
     click.echo(_outcome_line(outcome))
 

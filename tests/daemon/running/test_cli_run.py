@@ -156,6 +156,21 @@ def test_submit_wait_follows_the_batch_to_its_end_and_takes_over_its_outcome(
         assert "INFO" in err
 
 
+def test_submit_wait_says_in_a_sentence_which_version_is_live(dynlora, quick_home, running, tmp_path):
+    """For people: nothing but the outcome where nothing was set aside, else that first."""
+    draw_class(tmp_path / "cups")
+    code, out, _ = dynlora("submit", tmp_path / "cups", "--wait", "--home", quick_home)
+    assert (code, out) == (0, "000001-cups is live as version 1\n")
+
+    draw_class(tmp_path / "plates")
+    (tmp_path / "plates" / "notes.jpg").write_text("no picture")
+    code, out, _ = dynlora("submit", tmp_path / "plates", "--wait", "--home", quick_home)
+    first, last = out.splitlines()
+    assert code == 0
+    assert "notes.jpg" in first
+    assert last == "000002-plates is live as version 2"
+
+
 def test_submit_wait_without_a_daemon_says_that_nobody_will_learn_it(
     dynlora, quick_home, tmp_path, monkeypatch
 ):
