@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,13 +54,16 @@ from dynlora.task import Name, Task
 
 @dataclass
 class Stopwatch:
-    """Seconds spent per stage."""
+    """Seconds spent per stage, and the word to the outside that it begins."""
 
+    outlet: Outlet
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, *, is_told: bool = True) -> Iterator[None]:
         """Time one stage; the same name adds up."""
+        if is_told:
+            self.outlet.phase(name)
         started = time.monotonic()
         try:
             yield
@@ -77,56 +81,39 @@ def adapt_batch(
         BatchError, DeployError, DynloraError: the batch or the parent version cannot be used.
         WorkerError: the checkpoint or what was staged is damaged; the next attempt makes it again.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(outlet)
     work_dir = Spool(home).state_dir("work") / batch_id
     batch = read_batch(work_dir)
     store = VersionStore(home / "serving")
     parent_dir, parent_manifest = store.path(parent), store.manifest(parent)
     plan, checkpoint = settle_plan(work_dir, _plan(batch, parent_manifest, config))
     torch.set_num_threads(plan.threads)
-    preprocessing = Preprocessing.load(parent_dir / PREPROCESSOR_NAME)
-    with watch.stage("load"):
+    with watch.stage("load", is_told=False):
         clip = load_version(
             parent_dir / OPEN_CLIP_CONFIG_NAME, parent_dir / WEIGHTS_NAME, parent_manifest.architecture
         )
         classes = union_of_classes(load_classes(parent_dir).classes, batch)
     with watch.stage("score"):
-        outlet.phase("score")
         examiner = Examiner(home, batch, work_dir, classes, threads=plan.threads)
         before = examiner.grade(parent_dir)
-    with watch.stage("decode"):
-        task = load_task(batch, work_dir, preprocessing, classes)
-    with watch.stage("train"):
-        outlet.phase("train")
+    with watch.stage("decode", is_told=False):
+        task = load_task(batch, work_dir, Preprocessing.load(parent_dir / PREPROCESSOR_NAME), classes)
+    with watch.stage("train"), _without_damaged(checkpoint):
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
-        try:
-            adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
-        except CheckpointError as error:
-            atomic.remove_file(checkpoint)
-            raise WorkerError(f"{error}; it was removed, learning starts over") from error
-    outlet.phase("fold")
+        adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
     with _making_candidate(), watch.stage("fold"):
         result_dir = work_dir / RESULT_DIR
         atomic.make_dir(result_dir)
         delta = to_delta(adaptation)
         record = save_delta(result_dir / DELTA_NAME, delta)
-        candidate = Candidate(
-            store=store,
-            parent=parent_manifest,
-            batch=batch,
-            delta=delta,
-            delta_record=record,
-            classes=classes,
-        )
+        candidate = Candidate(store, parent_manifest, batch, delta, record, classes)
         staging, drift = stage_candidate(candidate, result_dir / DELTA_NAME)
     with _making_candidate(), watch.stage("verify"):
-        outlet.phase("verify")
         checked = verify_staged(
             staging, embed_dim=parent_manifest.embed_dim, parent_graphs=graph_hashes(parent_manifest.files)
         )
     draft = candidate.manifest_draft(checked.files)
     with _making_candidate(), watch.stage("exam"):
-        outlet.phase("exam")
         # Provisional, so that the candidate can be loaded as clients will; publishing writes the final one.
         save_manifest(staging, Manifest.model_validate(draft | {"version": store.next_version()}))
         after = examiner.grade(staging)
@@ -138,16 +125,18 @@ def adapt_batch(
         "drift_norm": drift,
         "metrics": _metrics(exams, before.cosines_with(after)) | {"parity": checked.parity},
     }
-    report = Report(
-        batch=batch.id,
-        parent=parent,
-        manifest=draft,
-        exams=tuple(exams),
-        warnings=tuple(examiner.warnings),
-        seconds=watch.seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
+    report = _report(draft, exams, warnings=examiner.warnings, seconds=watch.seconds)
     atomic.write_text(result_dir / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+
+
+@contextmanager
+def _without_damaged(checkpoint: Path) -> Iterator[None]:
+    """A checkpoint that cannot be resumed from goes, so that the next attempt starts over."""
+    try:
+        yield
+    except CheckpointError as error:
+        atomic.remove_file(checkpoint)
+        raise WorkerError(f"{error}; it was removed, learning starts over") from error
 
 
 @contextmanager
@@ -267,6 +256,20 @@ def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds:
 
     resume_from = checkpoint.read_bytes() if checkpoint.exists() else None
     return Hooks(on_progress, lambda: stop.is_set, should_save, save, resume_from)
+
+
+def _report(
+    draft: dict[str, Any], exams: list[ExamResult], *, warnings: list[str], seconds: dict[str, float]
+) -> Report:
+    return Report(
+        batch=draft["batch"]["id"],
+        parent=draft["parent"],
+        manifest=draft,
+        exams=tuple(exams),
+        warnings=tuple(warnings),
+        seconds=seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
 
 
 def _method(plan: Plan, adaptation: Adaptation, seconds: float) -> dict[str, object]:

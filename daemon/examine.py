@@ -3,10 +3,7 @@
 Always over the union of all known names, the new ones included: that is what a deployed model faces.
 """
 
-import errno
 import hashlib
-import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 from daemon.batch import Batch
 from daemon.errors import BatchError, WorkerError
 from daemon.exams import load_exams
+from daemon.plain_file import NotPlainError, open_plain
 from daemon.report import ExamResult
 from deploy.errors import ImageError
 from deploy.manifest import ClassEntry
@@ -76,19 +74,12 @@ def load_pixels(path: Path, preprocessing: Preprocessing, *, sha256: str | None 
 def _read(path: Path, sha256: str) -> bytes:
     """The content of a plain file, read once: what is hashed is what is decoded."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise ImageError(
-                "it is a link now, and links are never followed; drop the images again"
-            ) from error
-        if error.errno == errno.ENOENT:
-            raise ImageError("the file does not exist (or no longer)") from error
-        raise
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ImageError("it is no plain file any more; drop the images again")
-        content = file.read()
+        with open_plain(path) as file:
+            content = file.read()
+    except NotPlainError as error:
+        raise ImageError(f"{error}; drop the images again") from error
+    except FileNotFoundError as error:
+        raise ImageError("the file does not exist (or no longer)") from error
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ImageError(

@@ -174,13 +174,12 @@ def ready_items(previous: Scan | None, scan: Scan, now: float, config: InboxConf
 
 def empty_folders(scan: Scan, now: float, config: InboxConfig) -> list[Problem]:
     """Folders that have been empty for so long that somebody should be told. Pure."""
-    needed = f"put at least {config.min_images_per_class} images into it"
     return [
         Problem(
             item.name,
             f"{item.name} holds no usable file, {item.why_empty}"
             if item.why_empty
-            else f"{item.name} is an empty folder; {needed}",
+            else f"{item.name} is an empty folder; put at least {config.min_images_per_class} images into it",
         )
         for item in scan.items
         if item.kind == "empty" and now - item.quiet_since >= config.gather_seconds
@@ -246,9 +245,7 @@ def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Item:
         mark = "ready"
     before = previous.find(entry.name) if previous else None
     same = before is not None and before.fingerprint == fingerprint
-    kind: Literal["folders", "batch", "archive", "empty"] = (
-        kind_of(content) if content.is_dir() else "archive"
-    )
+    kind: Kind = kind_of(content) if content.is_dir() else "archive"
     unusable = passed_over(content) if kind == "empty" else []
     return Item(
         name=entry.name,

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from daemon.config import check_template
 from daemon.errors import InboxError
+from daemon.plain_file import NotPlainError, open_plain
 from deploy.manifest import class_key
 
 NOTE_FILE = "batch.toml"
@@ -268,15 +269,15 @@ def read_note(folder: Path, name: str | None = None) -> Note:
     path = folder / NOTE_FILE
     shown = f"{name or folder.name}/{NOTE_FILE}"
     try:
-        if path.is_symlink() or not path.is_file():
-            return Note()
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             content = file.read(_MAX_NOTE_BYTES + 1)
         if len(content) > _MAX_NOTE_BYTES:
             raise InboxError(
                 f"{shown} cannot be used: it is larger than {_MAX_NOTE_BYTES:,} bytes; shorten it"
             )
         return Note.model_validate(tomllib.loads(content.decode("utf-8")))
+    except (FileNotFoundError, NotPlainError):
+        return Note()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InboxError(f"{shown} cannot be read: {error}") from error
     except RecursionError as error:

@@ -6,11 +6,11 @@ The file is read once; what is hashed is what is decoded.
 import errno
 import hashlib
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from daemon.config import InboxConfig
+from daemon.plain_file import NotPlainError, open_plain
 from deploy.errors import ImageError
 from deploy.preprocess import decode_image
 
@@ -41,24 +41,20 @@ def examine(path: Path, config: InboxConfig) -> Picture:
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
-    # A link or a pipe put in place since the listing must neither be followed nor waited for.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with os.fdopen(os.open(path, flags), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise ImageError("it is not a regular file; send an image file")
-            if found.st_size > max_bytes:
+        with open_plain(path) as file:  # it was a plain file when it was listed
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
                 raise ImageError(
-                    f"it is too large: {found.st_size:,} bytes, at most {max_bytes:,} are read "
+                    f"it is too large: {size:,} bytes, at most {max_bytes:,} are read "
                     f"(inbox.max_image_bytes); send a smaller copy"
                 )
             return file.read(max_bytes)
+    except NotPlainError as error:
+        raise ImageError(f"{error}; send a copy of the file") from error
     except OSError as error:
         if error.errno in {errno.ENOENT, errno.ESTALE}:
             raise ImageError(_GONE) from error
-        if error.errno == errno.ELOOP:
-            raise ImageError("it is a link, and links are never followed; send a copy of the file") from error
         raise ImageError(
             f"it cannot be read ({error.strerror}); correct its rights and send it again"
         ) from error

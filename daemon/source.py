@@ -1,8 +1,6 @@
 """Read what a claim brought: folders as they lie, archives unpacked beside them."""
 
-import errno
 import os
-import stat
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +11,7 @@ from daemon.config import InboxConfig
 from daemon.errors import InboxError
 from daemon.inbox import archive_stem, is_archive, submitted_content
 from daemon.layout import SUBMITTED_FILE, ClassNote, Layout, Note, read_tree
+from daemon.plain_file import NotPlainError, open_plain
 from deploy import atomic
 
 UNPACKED_DIR = "unpacked"
@@ -104,17 +103,14 @@ def read_submitted(wrapper: Path) -> Submitted | None:
         InboxError: there is such a file and it cannot be used.
     """
     shown = f"{wrapper.name}/{SUBMITTED_FILE}"
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with os.fdopen(os.open(wrapper / SUBMITTED_FILE, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InboxError(f"{shown} cannot be used: it is not a regular file; submit it again")
+        with open_plain(wrapper / SUBMITTED_FILE) as file:
             content = file.read(_MAX_SUBMITTED_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        what = "it is a link, and links are never followed" if error.errno == errno.ELOOP else error.strerror
-        raise InboxError(f"{shown} cannot be read: {what}; submit it again") from error
+        what = error if isinstance(error, NotPlainError) else error.strerror
+        raise InboxError(f"{shown} cannot be used: {what}; submit it again") from error
     if len(content) > _MAX_SUBMITTED_BYTES:
         raise InboxError(
             f"{shown} cannot be used: it is larger than {_MAX_SUBMITTED_BYTES:,} bytes; submit it again"

@@ -25,6 +25,16 @@ EOT = "<end_of_text>"
 PAD_ID = 0
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_NORMALIZERS = (
+    {"type": "NFC"},
+    {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+    {"type": "Lowercase"},
+)
+_PRETOKENIZERS = (
+    {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Removed", "invert": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+)
+_DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 _SPLIT = regex.compile(f"{BOS}|{EOT}|{_WORDS}", regex.IGNORECASE)
 
 
@@ -42,12 +52,7 @@ def build_tokenizer_json(
         ExportError: this is not CLIP's vocabulary: 256 bytes, each also as the end of a word, one
             token per merge, BOS and EOT.
     """
-    expected = 2 * 256 + len(merges) + 2
-    if BOS not in encoder or EOT not in encoder or len(encoder) != expected:
-        raise ExportError(
-            f"this tokenizer is not CLIP's: expected {expected} tokens for {len(merges)} merges, with {BOS} "
-            f"and {EOT} as the only special ones, found {len(encoder)} tokens"
-        )
+    _check_is_clips(encoder, merges)
     special = {BOS: encoder[BOS], EOT: encoder[EOT]}
     pad_token = next(token for token, number in encoder.items() if number == PAD_ID)
     return json.dumps(
@@ -68,33 +73,10 @@ def build_tokenizer_json(
                 "pad_token": pad_token,
             },
             "added_tokens": [_added_token(token, number) for token, number in special.items()],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [
-                    {"type": "NFC"},
-                    {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
-                    {"type": "Lowercase"},
-                ],
-            },
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Removed", "invert": True},
-                    {
-                        "type": "ByteLevel",
-                        "add_prefix_space": False,
-                        "trim_offsets": True,
-                        "use_regex": False,
-                    },
-                ],
-            },
+            "normalizer": {"type": "Sequence", "normalizers": _NORMALIZERS},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRETOKENIZERS},
             "post_processor": _post_processor(special),
-            "decoder": {
-                "type": "ByteLevel",
-                "add_prefix_space": True,
-                "trim_offsets": True,
-                "use_regex": True,
-            },
+            "decoder": _DECODER,
             "model": {
                 "type": "BPE",
                 "dropout": None,
@@ -110,6 +92,15 @@ def build_tokenizer_json(
         },
         ensure_ascii=False,
     )
+
+
+def _check_is_clips(encoder: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    expected = 2 * 256 + len(merges) + 2
+    if BOS not in encoder or EOT not in encoder or len(encoder) != expected:
+        raise ExportError(
+            f"this tokenizer is not CLIP's: expected {expected} tokens for {len(merges)} merges, with {BOS} "
+            f"and {EOT} as the only special ones, found {len(encoder)} tokens"
+        )
 
 
 class Tokenizer:

@@ -26,7 +26,7 @@ def test_a_link_in_place_of_the_note_is_not_followed(bench, tmp_path) -> None:
     (message,) = bench.settle()
 
     (batch,) = bench.spool.ids("failed")
-    assert "submit-0123abcd/.submitted.json cannot be read: it is a link" in message
+    assert "submit-0123abcd/.submitted.json cannot be used: it is a link" in message
     assert SECRET not in message + (bench.spool.path(batch) / "reason.json").read_text()
     assert find(bench.spool, SECRET) is None
 

@@ -15,6 +15,7 @@ from torch import nn
 from deploy.errors import ExportError
 from deploy.export import export_graphs, state_arrays
 from deploy.manifest import GRAPH_NAMES, TEXT_GRAPH_NAME, VISION_GRAPH_NAME, file_record
+from deploy.preprocess import Preprocessing, decode_image
 from deploy.store import VersionStore
 from deploy.weights import Array, read_layout
 
@@ -121,7 +122,7 @@ def test_no_weight_is_inside_a_graph_and_none_is_forgotten(version_dir: Path) ->
         }
         inline |= {n.output[0]: n.ByteSize() for n in model.graph.node if n.op_type == "Constant"}
         assert {key for key, size in inline.items() if size > 256} <= {"attn_mask"}
-        assert (version_dir / name).stat().st_size < 200_000
+        assert (version_dir / name).stat().st_size < 120_000
 
 
 def test_the_graphs_tell_nothing_of_the_machine_that_exported_them(version_dir: Path) -> None:
@@ -175,6 +176,10 @@ def test_perturbing_any_weight_in_the_file_moves_an_output(live_dir: Path) -> No
     """Every tensor of weights.safetensors, logit_scale apart, is really read by a graph."""
     path, inputs = live_dir / "weights.safetensors", inputs_of(live_dir)
     path.chmod(0o644)
+    # Photographs: in noise all places look alike, and attention among equals finds the same everywhere.
+    photographs = sorted((REPOSITORY / "examples/demo/images/heldout").glob("*/*/0000.jpg"))
+    preprocessing = Preprocessing.load(live_dir / "preprocessor_config.json")
+    inputs["pixel_values"] = preprocessing([decode_image(photograph) for photograph in photographs])
     readers, rng = external_names(live_dir), np.random.default_rng(0)
 
     def run(name: str) -> Array:
@@ -190,7 +195,7 @@ def test_perturbing_any_weight_in_the_file_moves_an_output(live_dir: Path) -> No
             continue
         with _changed(path, offset, length, rng):
             moved = float(np.abs(run(readers[key]) - before[readers[key]]).max())
-        if not moved > 1e-6:  # the same weights give the same bits, as the end of this test shows
+        if not moved > 1e-4:
             unmoved.append((key, moved))
     assert not unmoved
     for name in GRAPH_NAMES:
@@ -203,7 +208,7 @@ class _changed:  # noqa: N801 - reads as a verb where it is used
     def __init__(self, path: Path, offset: int, length: int, rng: np.random.Generator) -> None:
         self.view = np.memmap(path, np.float32, mode="r+", offset=offset, shape=(length // 4,))
         self.before = self.view.copy()
-        self.view += 3.0 * rng.standard_normal(len(self.view), dtype=np.float32)
+        self.view += 30.0 * rng.standard_normal(len(self.view), dtype=np.float32)
         self.view.flush()
 
     def __enter__(self) -> None:

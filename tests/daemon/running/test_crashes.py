@@ -92,4 +92,4 @@ def test_a_power_cut_before_any_durable_step_is_recovered_from(bench, judged, mo
         if not was_cut:
             break
         calls += stride
-    assert calls >= 6
+    assert calls > (5 if is_held else 10)

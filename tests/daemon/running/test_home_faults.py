@@ -64,26 +64,26 @@ def _cut_weights(home):
     path.write_bytes(content[: len(content) // 2])
 
 
+def work(home, *options):
+    """Run the real worker on the batch of this file; its exit code and the last thing it said."""
+    arguments = ["adapt", "--home", home, "--batch", "000001-cups", "--parent", "0", *options]
+    done = subprocess.run(
+        [sys.executable, "-m", "daemon.worker", "--parent-pid", str(os.getpid()), *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("spoil", [_misspell, _lose_version, _cut_weights])
 def test_a_worker_blames_the_home_for_its_configuration_and_its_versions(quick_home, spoil):
     """A typo, a version that is gone, or live weights cut short: no batch is to blame."""
     spoil(quick_home)
     batch_dir = quick_home / "spool" / "work" / "000001-cups"
     batch_dir.mkdir(parents=True)
-    arguments = ["--home", str(quick_home), "--config", str(quick_home / "config.toml")]
-    arguments += ["--batch", "000001-cups", "--parent", "0"]
     (batch_dir / "batch.json").write_text(EMPTY_BATCH)
-    done = subprocess.run(
-        [sys.executable, "-m", "daemon.worker", "--parent-pid", str(os.getpid()), "adapt", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    said = json.loads(done.stdout.splitlines()[-1])
+    code, said = work(quick_home, "--config", quick_home / "config.toml")
 
-    assert (done.returncode, said["fault"]) == (1, "home"), said
+    assert (code, said["fault"]) == (1, "home"), said
 
 
 def test_a_worker_blames_the_home_for_a_full_disk(quick_home, mount_tmpfs):
@@ -95,18 +95,9 @@ def test_a_worker_blames_the_home_for_a_full_disk(quick_home, mount_tmpfs):
     batch_dir.mkdir()
     (batch_dir / "batch.json").write_text(EMPTY_BATCH)
     (disk / "filler").write_bytes(bytes(4096))
-    arguments = ["adapt", "--home", str(quick_home), "--batch", "000001-cups", "--parent", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "daemon.worker", "--parent-pid", str(os.getpid()), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    said = json.loads(done.stdout.splitlines()[-1])
+    code, said = work(quick_home)
 
-    assert (done.returncode, said["fault"], said["retry"]) == (1, "home", True), said
+    assert (code, said["fault"], said["retry"]) == (1, "home", True), said
     assert said["message"].startswith("the disk is full (No space left on device: ")
 
 
