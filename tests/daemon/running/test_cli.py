@@ -12,13 +12,13 @@ from tests.daemon.running.conftest import draw_class
 
 ROOT = Path(__file__).resolve().parents[3]
 READS = [
-    (["status"], {"home", "daemon", "state", "live", "pin", "working", "batches", "inbox", "trouble"}),
-    (["versions"], {"versions"}),
-    (["show"], {"schema", "version", "kind", "files", "architecture"}),
-    (["show", "0"], {"version", "created_at", "software"}),
-    (["classes"], {"version", "classes"}),
-    (["verify"], {"version", "files", "parity", "structure_checked"}),
-    (["check-config"], {"file", "config"}),
+    (["status"], ["home", "daemon", "state", "live", "pin", "working", "batches", "inbox", "trouble"]),
+    (["versions"], ["versions"]),
+    (["show"], ["schema", "version", "kind", "files", "architecture"]),
+    (["show", "0"], ["version", "created_at", "software"]),
+    (["classes"], ["version", "classes"]),
+    (["verify"], ["version", "files", "parity", "structure_checked"]),
+    (["check-config"], ["file", "config"]),
 ]
 
 
@@ -27,7 +27,7 @@ def test_commands_that_look_print_one_json_document(dynlora, home, arguments, ke
     """With --json stdout is one document; without it, text for people."""
     code, out, _ = dynlora(*arguments, "--home", home, "--json")
     assert code == 0
-    assert keys <= set(json.loads(out))
+    assert set(keys) <= set(json.loads(out))
 
     code, out, _ = dynlora("--home", home, *arguments)
     assert code == 0
