@@ -233,6 +233,11 @@ def _suggestion(key: str, *, is_section: bool) -> str:
 
 def valid_keys() -> Iterator[tuple[str, Any]]:
     """Every dotted key with its default."""
-    for section, values in Config().model_dump().items():
-        for key, default in values.items():
-            yield f"{section}.{key}", default
+    return keys_of(Config())
+
+
+def keys_of(config: Config) -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value."""
+    for section, values in config.model_dump().items():
+        for key, value in values.items():
+            yield f"{section}.{key}", value

@@ -31,7 +31,7 @@ class EventLog:
 
     def __init__(self, home: Path, *, max_bytes: int | None = None) -> None:
         self._path = home / EVENTS_NAME
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
 
     def append(self, event: str, *, at: datetime | None = None, **fields: Any) -> dict[str, Any]:
         """Write one event and return it. `at` defaults to now; fields that are None are left out.
@@ -70,7 +70,7 @@ class EventLog:
             size = self._path.stat().st_size
         except FileNotFoundError:
             return
-        if self._max_bytes is not None and size > self._max_bytes:
+        if self.max_bytes is not None and size > self.max_bytes:
             # Nanoseconds in fixed width sort in the order of rotation.
             atomic.rename(self._path, self._path.with_name(f"events-{time.time_ns():020d}.jsonl"))
         elif size:

@@ -61,6 +61,10 @@ class Lifecycle:
         self._job: _Job | None = None
         self._not_before: dict[str, float] = {}  # batch id → time of its next attempt
 
+    def reconfigure(self, publisher: Publisher) -> None:
+        """Go on with this publisher and its configuration; a running worker keeps its plan."""
+        self._publisher, self._config = publisher, publisher.config
+
     @property
     def working(self) -> dict[str, Any] | None:
         """The batch a worker has, with its phase and step; None while none runs."""

@@ -42,6 +42,11 @@ def configure(handler: logging.Handler, level: str = "INFO") -> Callable[[], Non
     return undo
 
 
+def set_level(level: str) -> None:
+    """Say more or less from now on."""
+    logging.getLogger(LOGGER_NAME).setLevel(level.upper())
+
+
 def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -1,7 +1,9 @@
 """`dynlora run`: the service in a loop, from the first signal handler to the last log line."""
 
 import contextlib
+import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,14 +13,17 @@ from types import FrameType
 from typing import Any
 
 from daemon import logs
-from daemon.config import Config
-from daemon.errors import DaemonError
+from daemon.config import Config, load_config
+from daemon.errors import ConfigError, DaemonError
 from daemon.lifecycle import Launch
 from daemon.lock import HomeLock
+from daemon.notify import Notifier
 from daemon.progress import View
 from daemon.service import Service
 
 TICK_SECONDS = 0.2
+START_SECONDS = 600.0  # what a start may take, which reads every staged version a crash left
+STOP_MARGIN_SECONDS = 30.0  # beyond the worker's own time, for the rest of an orderly end
 
 
 @dataclass
@@ -27,6 +32,11 @@ class Signals:
 
     name: str | None = None
     is_forced: bool = False
+    wants_reload: bool = False
+
+    def ask_reload(self, _number: int, _frame: FrameType | None) -> None:
+        """SIGHUP where nobody sits at a terminal that could hang up."""
+        self.wants_reload = True
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """The first signal asks for an orderly end, the second ends the waiting."""
@@ -36,10 +46,12 @@ class Signals:
 
 @contextlib.contextmanager
 def capturing() -> Iterator[Signals]:
-    """SIGTERM and SIGINT only set flags within the block; then the earlier handlers are put back."""
+    """SIGTERM, SIGINT and SIGHUP only set flags within the block; then the earlier handlers are put back."""
     signals = Signals()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, signals.handle) for number in numbers}
+    handlers: dict[signal.Signals, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGINT), signals.handle)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the terminal's end says nothing
+        handlers[signal.SIGHUP] = signals.handle if sys.stderr.isatty() else signals.ask_reload
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield signals
     finally:
@@ -60,15 +72,28 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
     """
     from daemon.watcher import Watcher  # watchdog comes with the daemon extra only
 
+    notifier = Notifier()
     with HomeLock(home), capturing() as signals:
+        notifier.starting(START_SECONDS)
         wake = threading.Event()
         service = Service(home, config, view=view, launch=Launch(config_path=config_path, wake=wake.set))
-        service.reception.should_stop = lambda: signals.name is not None
+
+        def should_stop() -> bool:
+            notifier.alive()  # asked between two images: a large drop is progress, too
+            return signals.name is not None
+
+        service.reception.should_stop = should_stop
         service.start()
         with Watcher(config.inbox_dir(home), service.reception.wake):
+            notifier.ready()
             try:
                 while signals.name is None:
+                    if signals.wants_reload:
+                        signals.wants_reload = False
+                        _reload(service, home, config_path, notifier)
                     is_busy = service.tick(time.time())
+                    notifier.status(service.summary)
+                    notifier.alive()
                     if once and signals.name is None and (why := service.why_stuck()) is not None:
                         raise DaemonError(why)
                     if once and service.is_idle():
@@ -79,5 +104,16 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
             finally:
                 if signals.name is not None:
                     logs.log("stopping", signal=signals.name)
+                notifier.stopping(config.learning.stop_seconds + STOP_MARGIN_SECONDS)
                 service.stop(lambda: signals.is_forced)
         return {"outcomes": service.outcomes, "signal": signals.name, "pinned": service.is_pinned()}
+
+
+def _reload(service: Service, home: Path, config_path: Path | None, notifier: Notifier) -> None:
+    """Read the configuration again; one that cannot be used changes nothing."""
+    notifier.reloading()
+    try:
+        service.reconfigure(load_config(config_path, home))
+    except ConfigError as error:
+        logs.log("reload refused", level=logging.ERROR, why=str(error))
+    notifier.ready()

@@ -46,6 +46,11 @@ class Reception:
             should_stop=self._is_stopping,
         )
 
+    def reconfigure(self, config: Config) -> None:
+        """Judge drops by these settings from now on; the inbox itself stays where it is."""
+        self._intake.config = config
+        self.wake.set()
+
     def _pass_on(self, event: IntakeEvent) -> None:
         name, level = _EVENTS[event.event]
         if name == "duplicate":

@@ -6,11 +6,12 @@ Knows the order of things; each of them lives in a module of its own.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from daemon import logs, operations, retention
-from daemon.config import Config
+from daemon.config import Config, keys_of
 from daemon.events import EventLog
 from daemon.lifecycle import Launch, Lifecycle
 from daemon.part import Part
@@ -25,6 +26,7 @@ from deploy.errors import DeployError
 from deploy.store import VersionStore
 
 SWEEP_SECONDS = 600.0
+AFTER_RESTART = ("inbox.path",)  # the watcher sits on that folder
 OUTCOMES = ("published", "held", "failed", "duplicate")
 
 
@@ -49,6 +51,7 @@ class Service:
         self._answers: dict[str, Answer] = {}  # of requests that were executed on a disk too full to say so
         self._is_recovered = False
         self._sweep_at = 0.0
+        self._live: int | None = None
         self.outcomes: list[dict[str, Any]] = []
 
     def start(self) -> None:
@@ -109,6 +112,40 @@ class Service:
     def trouble(self) -> str | None:
         """What does not go on at the moment and why, in a sentence per part; None when all is well."""
         return "; ".join(dict.fromkeys(part.trouble for part in self._parts if part.trouble)) or None
+
+    def reconfigure(self, config: Config) -> None:
+        """Take over a changed configuration, and say what holds from now on and what only after a restart.
+
+        A batch at work keeps the plan it began with; the next one is learnt by the new settings.
+        """
+        before = dict(keys_of(self._config))
+        changed = [key for key, value in keys_of(config) if value != before[key]]
+        late = [key for key in changed if key in AFTER_RESTART]
+        self._config = config
+        self.reception.reconfigure(config)
+        self._publisher = replace(self._publisher, config=config)
+        self._lifecycle.reconfigure(self._publisher)
+        self._events.max_bytes = config.log.events_max_bytes
+        logs.set_level(config.log.level)
+        self.tell("reloaded", changed=[key for key in changed if key not in late], after_restart=late)
+
+    @property
+    def summary(self) -> str:
+        """What is going on, in a line for `systemctl status`."""
+        live = f"serving version {self._live}" if self._live is not None else "no version is live"
+        return f"{self._doing()}; {live}"
+
+    def _doing(self) -> str:
+        if self.trouble:
+            return f"waiting: {self.trouble}"
+        working = self._lifecycle.working
+        if working is None:
+            queued = len(self._spool.ids("queued"))
+            return f"{queued} batches queued" if queued else "idle"
+        if "step" not in working:
+            return f"batch {working['batch']}: {working.get('phase', 'start')}"
+        left = f", ETA {working['eta_seconds']:.0f} s" if working.get("eta_seconds") is not None else ""
+        return f"batch {working['batch']}: step {working['step']}/{working['steps']}{left}"
 
     def is_idle(self) -> bool:
         """Nothing is left to do: no drop on its way in, no batch to learn (or a pin keeps them waiting)."""
@@ -174,6 +211,7 @@ class Service:
             pin, live = self._store.pin(), self._store.current()
         except (OSError, DeployError):
             pin, live = None, None
+        self._live = live
         content = {
             "state": self._state(is_pinned=pin is not None),
             "live": live,

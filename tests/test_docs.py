@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = ROOT / "README.md"
 DYNLORA = Path(sys.executable).with_name("dynlora")
-KNOWN_PROGRAMS = {"cp", "mkdir", "ls", "python", "pip"}
+KNOWN_PROGRAMS = {"cp", "mkdir", "ls", "python", "pip", "systemctl", "usermod"}
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -40,9 +40,8 @@ def command_lines() -> list[tuple[str, str]]:
 
 def program() -> click.Group:
     """The click group behind `dynlora`."""
-    [group] = {
-        id(value): value for value in vars(daemon.cli).values() if isinstance(value, click.Group)
-    }.values()
+    group = daemon.cli.program
+    assert isinstance(group, click.Group)
     return group
 
 
@@ -59,7 +58,11 @@ def check_dynlora(arguments: list[str]) -> None:
         _, rest, _ = parser.parse_args(list(arguments))
     assert rest, f"no subcommand in {arguments}"
     assert rest[0] in group.commands, f"dynlora has no command {rest[0]!r}"
-    known = options_of(group.commands[rest[0]]) | {"--help"}
+    command = group.commands[rest[0]]
+    if isinstance(command, click.Group) and len(rest) > 1:
+        assert rest[1] in command.commands, f"dynlora {rest[0]} has no command {rest[1]!r}"
+        command = command.commands[rest[1]]
+    known = options_of(command) | {"--help"}
     used = {word.split("=")[0] for word in rest[1:] if word.startswith("-")}
     assert used <= known, f"dynlora {rest[0]} has no option {sorted(used - known)}"
 
@@ -68,6 +71,8 @@ def check_dynlora(arguments: list[str]) -> None:
 def test_every_command_in_the_docs_exists(page: str, line: str) -> None:
     """A reader can type what is printed: the program, the make target, the subcommand and its options."""
     words = shlex.split(line)
+    if words[0] == "sudo":
+        words = words[3:] if words[1] == "-u" else words[1:]
     name = Path(words[0]).name
     if name == "dynlora":
         check_dynlora(words[1:])
@@ -95,8 +100,10 @@ def test_every_command_is_in_the_readme_and_has_help() -> None:
 def test_options_in_the_command_table_exist() -> None:
     """The table's options are real ones."""
     for name, row in re.findall(r"^\| `dynlora ([a-z-]+)(.*)$", README.read_text(), re.MULTILINE):
+        command = program().commands[name]
+        family = [command, *(command.commands.values() if isinstance(command, click.Group) else ())]
         used = set(re.findall(r"--[a-z-]+", row))
-        assert used <= options_of(program().commands[name]), name
+        assert used <= set().union(*(options_of(member) for member in family)), name
 
 
 def test_the_readme_starts_with_two_commands() -> None:

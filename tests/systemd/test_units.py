@@ -1,0 +1,161 @@
+"""The unit files: what they promise, and a whole life under a real systemd."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from daemon import systemd
+from daemon.systemd import SystemdError, Target
+
+ROOT = Path(__file__).resolve().parents[2]
+LAB = Path(__file__).with_name("lab")
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed here"
+)
+
+
+def why_no_lab() -> str | None:
+    """What the lab lacks on this machine; None if nothing."""
+    if os.geteuid() != 0:
+        return "booting a systemd of its own needs root"
+    missing = [
+        name for name in ("systemd-nspawn", "mount", "useradd", "setfacl") if shutil.which(name) is None
+    ]
+    if missing:
+        return f"{', '.join(missing)} not installed (Debian: systemd-container, acl)"
+    return (
+        None
+        if "overlay" in Path("/proc/filesystems").read_text()
+        else "the kernel has no overlay file system"
+    )
+
+
+def unit_of(target: Target) -> str:
+    """The service's unit file."""
+    return systemd.render(target)[target.unit_path]
+
+
+@needs_systemd
+@pytest.mark.parametrize("home", [systemd.SYSTEM_HOME, Path("/home/alice/dynlora")])
+def test_the_unit_is_exposed_by_no_more_than_1_2_and_systemd_finds_nothing_to_complain_of(tmp_path, home):
+    """`systemd-analyze security` and `verify` on the very file that is installed."""
+    unit = tmp_path / systemd.UNIT
+    unit.write_text(unit_of(Target(home=home, python=Path("/usr/bin/env"))))
+    security = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=12", unit],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert security.returncode == 0, security.stdout.splitlines()[-1]
+
+    verify = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert verify.stderr == ""
+
+
+def test_a_newer_systemd_gets_notify_reload_and_an_older_one_the_signal():
+    """Type=notify-reload exists since 253 and needs no ExecReload."""
+    old, new = (unit_of(Target(home=Path("/srv/d"), version=version)) for version in (252, 253))
+
+    assert "Type=notify\nExecReload=/bin/kill -HUP $MAINPID\n" in old
+    assert "Type=notify-reload\n" in new
+    assert "ExecReload" not in new
+
+
+def test_every_place_in_the_files_is_filled():
+    """For system and user, wherever the home is."""
+    for target in (Target(home=Path("/srv/d")), Target(home=Path("/srv/d"), is_user=True)):
+        for content in systemd.render(target).values():
+            assert systemd._PLACE.search(content) is None
+
+
+def test_an_installation_writes_its_files_runs_systemds_commands_and_is_taken_away_again(tmp_path):
+    """Into another root: the commands are noted instead of run."""
+    target, said = Target(home=Path("/srv/d"), root=tmp_path), []
+    written = systemd.install(target, said.append)
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        "etc/systemd/system/dynlora.service",
+        "etc/sysusers.d/dynlora.conf",
+        "etc/tmpfiles.d/dynlora.conf",
+    ]
+    assert [command[0] for command in said] == ["systemd-sysusers", "systemd-tmpfiles", "systemctl"]
+    assert "2770" in written[2].read_text()
+
+    said.clear()
+    assert systemd.uninstall(target, said.append) == written
+    assert said[0] == ["systemctl", "disable", "--now", "dynlora.service"]
+    with pytest.raises(SystemdError, match="nothing is installed"):
+        systemd.uninstall(target, said.append)
+
+
+def test_a_command_of_systemd_that_fails_says_why_in_its_own_words():
+    """Not a traceback of ours."""
+    with pytest.raises(SystemdError, match="No such file"):
+        systemd.run_command(["ls", "/no/such/place"])
+    with pytest.raises(SystemdError, match="no-such-program failed"):
+        systemd.run_command(["no-such-program"])
+
+
+def test_a_python_that_the_unit_would_not_see_is_warned_of(tmp_path):
+    """Also where the environment only links to it."""
+    link = tmp_path.parent / "python"
+    assert systemd.cautions(Target(home=Path("/srv/d"), python=Path("/usr/bin/python3"))) == []
+    [sentence] = systemd.cautions(Target(home=Path("/srv/d"), python=Path("/root/venv/bin/python")))
+    assert "/root" in sentence
+    assert systemd.cautions(Target(home=Path("/srv/d"), python=link, is_user=True)) == []
+
+
+def test_a_dry_run_prints_what_would_be_written_and_changes_nothing(tmp_path):
+    """As text to look at, and as JSON."""
+    command = [sys.executable, "-m", "daemon.cli", "systemd", "install", "--dry-run", "--root", str(tmp_path)]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "[Service]" in text
+    document = json.loads(
+        subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, check=True).stdout
+    )
+    assert sorted(Path(path).name for path in document["files"]) == [
+        "dynlora.conf",
+        "dynlora.conf",
+        "dynlora.service",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(620)
+@pytest.mark.skipif(why_no_lab() is not None, reason=str(why_no_lab()))
+def test_a_whole_life_under_a_real_systemd():
+    """Ready, drops by another user, reload, restart in mid-training, watchdog, stop: in a booted systemd."""
+    python = f"/opt/python/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    lab = [LAB, "600", ROOT, sys.prefix, sys.base_prefix]
+    done = subprocess.run(
+        [*lab, python, "/opt/src/tests/systemd/scenario.py"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    steps = {entry["step"]: entry for entry in found}
+
+    assert (steps["start"]["active"], steps["start"]["status"]) == ("active", "idle; serving version 0")
+    drops = [entry for entry in found if entry["step"] == "drop"]
+    assert {"cp -r", "mv"} <= {entry["way"] for entry in drops}
+    assert {entry["outcome"] for entry in drops} <= {"published", "held"}
+    assert any(
+        "step" in status and "serving version" in status for entry in drops for status in entry["status"]
+    )
+    assert "rights" in steps["private"]["sentence"]
+    assert steps["reload"]["changed"] == ["learning.steps"]
+    assert steps["restart"]["interrupted"] == 1
+    assert steps["restart"]["seconds"] < 100
+    assert steps["watchdog"]["told"]
+    assert steps["stop"]["seconds"] < 60
+    assert (steps["stop"]["result"], steps["stop"]["published"], steps["stop"]["traceback"]) == (
+        "success",
+        True,
+        False,
+    )
+    assert steps["uninstall"]["left"] == []
+    assert steps["uninstall"]["home"]
