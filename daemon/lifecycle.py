@@ -19,7 +19,7 @@ from daemon.publish import Publisher
 from daemon.reception import known
 from daemon.recovery import next_step
 from daemon.spool import Reason
-from daemon.status import free_bytes, is_full_disk
+from daemon.status import check_space, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_STOPPED, Worker, default_command
 from deploy.errors import DeployError, StoreError
 
@@ -171,7 +171,10 @@ class Lifecycle:
             self._give_up(batch_id, why)
             return
         live = self._store.current()
-        self._check_space(batch_id, live)
+        needed = 2 * sum(record.bytes for record in self._store.manifest(live).files.values())
+        where = self._spool.state_dir("work") / batch_id
+        # The new version, and as much again for checkpoints.
+        check_space(self._home, needed, f"learn {batch_id}", waits=f" It waits in {where}.")
         batch = batch.with_attempt(datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"))
         self._spool.save(batch)  # before the worker exists: an attempt that kills us is counted
         self._publisher.drop_staging(batch_id)
@@ -184,20 +187,6 @@ class Lifecycle:
         worker = Worker(command, log_path, wake=self._launch.wake)
         self._job = _Job(batch_id, live, worker, {"phase": "start"})
         self._tell("adapting", batch=batch_id, parent=live, attempt=len(batch.attempts), pid=worker.pid)
-
-    def _check_space(self, batch_id: str, live: int) -> None:
-        """Refuse to start what cannot be finished: the new version, and as much again for checkpoints.
-
-        Raises:
-            StoreError: the disk has too little space; the batch waits in work/.
-        """
-        needed = 2 * sum(record.bytes for record in self._store.manifest(live).files.values())
-        free = free_bytes(self._home)
-        if free < needed:
-            raise StoreError(
-                f"the disk is too full to learn {batch_id}: {needed:,} bytes are needed, {free:,} are free. "
-                f"It waits in {self._spool.state_dir('work') / batch_id}; free some space."
-            )
 
     def _ended(self, job: _Job, code: int, now: float) -> None:
         if code == EXIT_STOPPED:
