@@ -82,12 +82,13 @@ def _erase(home: Path, inbox: Path, batch: Batch) -> Counter[str]:
     """Remove every file that is not a record; returns how many by place."""
     spool = Spool(home)
     directory = spool.path(batch.id)
-    removed: Counter[str] = Counter()
+    exam = exam_dir(home, batch.id)
     doomed = {
         "spool": [path for path in directory.iterdir() if path.name not in KEPT],
-        "exams": [path for path in (exam_dir(home, batch.id),) if path.exists()],
+        "exams": [path for path in (exam, _hidden(exam)) if path.exists()],
         "inbox": sorted(inbox.glob(f"{CLAIMED_PREFIX}{batch.id}*")),
     }
+    removed = Counter(dict.fromkeys(doomed, 0))
     for place, paths in doomed.items():
         for path in paths:
             removed[place] += sum(file.is_file() for file in path.rglob("*")) if path.is_dir() else 1
@@ -100,11 +101,14 @@ def _erase(home: Path, inbox: Path, batch: Batch) -> Counter[str]:
     return removed
 
 
+def _hidden(exam: Path) -> Path:
+    return exam.with_name(f"{atomic.TEMPORARY_PREFIX}{exam.name}")
+
+
 def _out_of_sight(path: Path) -> Path:
-    """Rename a directory first: whoever lists the exams sees a whole one or none."""
-    if path.parent.name != "exams":
+    """Rename an exam first: whoever lists them sees a whole one or none."""
+    if path.parent.name != "exams" or path.name.startswith(atomic.TEMPORARY_PREFIX):
         return path
-    hidden = path.with_name(f"{atomic.TEMPORARY_PREFIX}{path.name}")
-    atomic.remove_tree(hidden)
-    atomic.rename(path, hidden)
-    return hidden
+    atomic.remove_tree(_hidden(path))
+    atomic.rename(path, _hidden(path))
+    return _hidden(path)

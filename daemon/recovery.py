@@ -76,10 +76,10 @@ def missing_events(
 
     A crash between an effect and its line loses the line. Every version and every batch that left work/ gets
     the one event that says so; what the files do not say (when a batch was claimed, say) is not made up. A
-    batch that is published but still in work/ is told when it is finished.
+    batch that is published but still in work/ or held/ is told when it is finished.
     """
     batches = list(batches)
-    unfinished = {batch.id for state, batch in batches if state == "work"}
+    unfinished = {batch.id for state, batch in batches if state in ("work", "held")}  # promoted out of held/
     seen = {(entry["event"], entry.get("batch"), entry.get("version")) for entry in known}
     told = {(event, batch) for event, batch, _ in seen}
     for manifest in manifests:

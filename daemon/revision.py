@@ -99,6 +99,7 @@ class Reviser:
         job = self._job
         if job is None or job.answer is not None:
             return
+        code = job.worker.poll()  # first: once it has ended, all it said is in
         for message in job.worker.messages():
             if message["event"] == "phase":
                 job.progress = {"phase": message.get("phase")}
@@ -106,7 +107,6 @@ class Reviser:
                 job.progress |= {key: message.get(key) for key in ("step", "steps")}
             elif message["event"] == "result":
                 job.result = message
-        code = job.worker.poll()
         if (why := self._why_abort(job)) is not None:
             self.abort(why)
         elif code is not None:
