@@ -27,6 +27,7 @@ COMMANDS = {
     "forget": {"batch": BATCH},
 }
 STAGES = ("queued", "work", "held", "done")
+EVERY_DAY = ("work", "held")
 CHANGING = ("promote", "revert")
 DONE, FAILED, UNDER_WAY = 0, 1, None
 
@@ -73,7 +74,10 @@ class Model:
         return FAILED if is_overtaken else DONE
 
 
-@pytest.fixture(scope="module", params=STAGES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in EVERY_DAY else [pytest.mark.nightly]) for name in STAGES],
+)
 def stage(request, tmp_path_factory):
     """The name of the stage, and a home at it to be copied: versions 0 to 4, and a fifth batch."""
     home = TinyHome(tmp_path_factory.mktemp(request.param) / "home")
