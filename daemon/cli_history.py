@@ -9,7 +9,7 @@ import click
 from daemon.errors import RequestError
 from daemon.output import Options, common_options, pass_options, table
 
-HELD = 3
+FAILED, HELD = 1, 3
 _why = click.option("--why", default="", help="A reason, kept with what was done.")
 
 
@@ -51,6 +51,8 @@ def thin(options: Options, versions: tuple[int, ...], *, why: str) -> None:
     wanted = versions or tuple(thinnable(options.store()))
     found = _order(options, command="thin", versions=wanted, why=why)
     options.show(found, lambda: _say_freed(found, "thinned", "`dynlora rebuild N` brings the weights back"))
+    if versions and found["kept"]:  # not all that was asked for by name
+        sys.exit(FAILED)
 
 
 @click.command()
@@ -150,5 +152,7 @@ def _say_freed(found: Mapping[str, Any], done: str, hint: str) -> None:
     versions = ", ".join(str(version) for version in found["versions"])
     if versions:
         click.echo(f"{done}: {versions}; {found['bytes'] / 1e6:,.1f} MB; {hint}")
-    else:
+    elif not found["kept"]:
         click.echo("nothing to free")
+    for version, why in found["kept"].items():
+        click.echo(f"version {version} stays as it is: {why}")

@@ -79,12 +79,11 @@ def _unpin(request: Request, store: VersionStore, tell: Tell) -> Answer:
 
 
 def _freed(request: Request, freed: Freed, tell: Tell, event: str) -> Answer:
-    """Done, unless a version that was asked for had to stay as it is; the answer says why."""
+    """What was removed; `kept` says of the other versions why they had to stay as they are."""
     for version in freed.versions:
         tell(event, version=version, who=request.who, why=request.why or None)
-    result = {"versions": freed.versions, "bytes": freed.bytes, "kept": freed.kept}
-    error = "; ".join(f"version {version} stays as it is: {why}" for version, why in freed.kept.items())
-    return Answer(exit_code=1 if freed.kept else 0, result=result, error=error or None)
+    kept = {str(version): why for version, why in freed.kept.items()}
+    return Answer(exit_code=0, result={"versions": freed.versions, "bytes": freed.bytes, "kept": kept})
 
 
 def _forget(request: Request, publisher: Publisher) -> Answer:

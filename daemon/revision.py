@@ -19,6 +19,7 @@ from daemon.errors import DaemonError, WorkerError
 from daemon.gate import decide, decide_revert, overruled
 from daemon.lifecycle import Launch
 from daemon.publish import Publisher
+from daemon.reception import known
 from daemon.report import Report, staging_name
 from daemon.requests import Answer, Request, is_waiting
 from daemon.status import check_space
@@ -191,6 +192,7 @@ class Reviser:
             return Answer(exit_code=0, result={"live": live.version, "version": version, "already": True})
         state = self._spool.find(batch_id)
         if state == "held":
+            self._check_twin(batch_id)
             return None
         why = {
             None: "there is no such batch; `dynlora status` lists those that were held",
@@ -198,6 +200,19 @@ class Reviser:
             "failed": "it failed, so nothing was learnt that could be promoted",
         }.get(state, "it is not judged yet: wait until it is published or held")
         raise DaemonError(f"{batch_id} cannot be promoted: {why}")
+
+    def _check_twin(self, batch_id: str) -> None:
+        """Nobody else brought the same meanwhile.
+
+        Raises:
+            DaemonError: another batch did, and is in the live version.
+        """
+        content = self._spool.load(batch_id).content_sha256
+        twin = known(self._store).contents.get(content)
+        if twin is not None:
+            raise DaemonError(
+                f"{batch_id} cannot be promoted: {twin} brought the same and is in the live version"
+            )
 
     def _reverted(self, batch_id: str) -> Answer | None:
         """The answer where the batch was taken out already.

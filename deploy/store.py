@@ -265,7 +265,8 @@ class VersionStore(StoreReader):
         self.manifest(version)
         if not self.is_full(version):
             raise StoreError(
-                f"version {version} cannot be served: some of its files were pruned or are damaged. "
+                f"version {version} cannot be served: some of its files were pruned or are damaged; "
+                f"`dynlora rebuild {version}` makes it whole where that can be done. "
                 f"Versions that can: {self._full_list()}"
             )
 

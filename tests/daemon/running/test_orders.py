@@ -14,6 +14,7 @@ from daemon.requests import Answer, Request
 from deploy import space
 from deploy.manifest import DELTA_NAME, load_classes
 from tests.daemon.running.tiny_home import TinyHome, batch_name
+from tests.deploy.tiny import stage_update
 
 HARM = ExamResult(batch=batch_name(3), images=40, correct_before=30, correct_after=10, gained=0, lost=20)
 
@@ -237,7 +238,23 @@ def test_versions_that_must_stay_are_named_with_their_reason(tiny):
     """Those that may go do, all the same."""
     answer = order(tiny, "thin", versions=(0, 1, 2, 3))
 
-    assert answer.exit_code == 1
     assert answer.result["versions"] == [1]
-    assert "version 3 stays as it is: it is live" in answer.error
-    assert "version 2 stays as it is: it is the one before the live version" in answer.error
+    assert answer.result["kept"] == {
+        "0": "it is the first version, and all weights are folded from it",
+        "2": "it is the one before the live version, to roll back to",
+        "3": "it is live",
+    }
+
+
+def test_what_was_held_and_published_under_another_id_meanwhile_is_not_promoted(tiny):
+    """The same images would count twice."""
+    held = tiny.add("held", 4)
+    twin = tiny.spool.load(held).content_sha256
+    staging, manifest = stage_update(tiny.store, batch_name(5), ["class 5"])
+    info = manifest.batch.model_copy(update={"content_sha256": twin})
+    tiny.store.publish(staging, manifest.model_copy(update={"batch": info}))
+
+    answer = order(tiny, "promote", batch=held)
+
+    assert answer.exit_code == 1
+    assert f"{batch_name(5)} brought the same and is in the live version" in answer.error
