@@ -25,13 +25,14 @@ from daemon.errors import WorkerError
 from daemon.examine import Examiner, load_pixels
 from daemon.founding import software_versions
 from daemon.plan import Plan, seed_of, settle_plan
-from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
+from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report, metrics_of
 from daemon.spool import Spool
 from daemon.staging import Candidate, stage_candidate
 from daemon.worker import Outlet, StopFlag
 from deploy import atomic
 from deploy.delta import Delta, Factor, save_delta
 from deploy.errors import VerifyError
+from deploy.lineage import reverted_batches
 from deploy.manifest import (
     DELTA_NAME,
     OPEN_CLIP_CONFIG_NAME,
@@ -94,7 +95,10 @@ def adapt_batch(
         )
         classes = union_of_classes(load_classes(parent_dir).classes, batch)
     with watch.stage("score"):
-        examiner = Examiner(home, batch, work_dir, classes, threads=plan.threads)
+        taken_out = reverted_batches(store)
+        examiner = Examiner(
+            home, batch, work_dir, classes, threads=plan.threads, without=frozenset(taken_out)
+        )
         before = examiner.grade(parent_dir)
     with watch.stage("decode", is_told=False):
         task = load_task(batch, work_dir, Preprocessing.load(parent_dir / PREPROCESSOR_NAME), classes)
@@ -123,7 +127,7 @@ def adapt_batch(
         "ranks": adaptation.ranks,
         "delta_norm": delta.norm,
         "drift_norm": drift,
-        "metrics": _metrics(exams, before.cosines_with(after)) | {"parity": checked.parity},
+        "metrics": metrics_of(exams, before.cosines_with(after)) | {"parity": checked.parity},
     }
     report = _report(draft, exams, warnings=examiner.warnings, seconds=watch.seconds)
     atomic.write_text(result_dir / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
@@ -283,22 +287,4 @@ def _method(plan: Plan, adaptation: Adaptation, seconds: float) -> dict[str, obj
         "scale": adaptation.scale,
         "threads": plan.threads,
         "seconds": seconds,
-    }
-
-
-def _metrics(exams: list[ExamResult], cosines: dict[str, float | None]) -> dict[str, object]:
-    def row(exam: ExamResult) -> dict[str, object]:
-        return {
-            "batch": exam.batch,
-            "images": exam.images,
-            "accuracy_before": exam.correct_before / exam.images,
-            "accuracy_after": exam.correct_after / exam.images,
-            "negative_flips": exam.lost,
-        }
-
-    images = sum(exam.images for exam in exams)
-    return {
-        "exams": [row(exam) for exam in exams if exam.images],
-        "negative_flip_rate": sum(exam.lost for exam in exams) / images if images else None,
-        **cosines,
     }

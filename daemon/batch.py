@@ -72,6 +72,14 @@ class Attempt(_Record):
     outcome: str | None = None
 
 
+class Forgotten(_Record):
+    """The images of the batch were removed everywhere, on whose word and why; `at` UTC, ISO 8601."""
+
+    who: str
+    why: str
+    at: str
+
+
 class Batch(_Record):
     """batch.json."""
 
@@ -90,6 +98,7 @@ class Batch(_Record):
     warnings: list[str] = []
     attempts: list[Attempt] = []
     duplicate_of: str | None = None  # the batch that brought the same before: not learnt again
+    forgotten: Forgotten | None = None
 
     def count(self, split: Split) -> int:
         """Images in one split."""
@@ -109,6 +118,12 @@ class Batch(_Record):
         assert self.attempts, "an outcome belongs to an attempt"
         last = self.attempts[-1].model_copy(update={"outcome": outcome})
         return self.model_copy(update={"attempts": [*self.attempts[:-1], last]})
+
+    def as_forgotten(self, forgotten: Forgotten) -> Self:
+        """The record without any name that its sender gave a file. Hashes and class names stay."""
+        images = [image.model_copy(update={"origin": ""}) for image in self.images]
+        gone: dict[str, object] = {"images": images, "set_aside": [], "warnings": [], "forgotten": forgotten}
+        return self.model_copy(update=gone)
 
     def to_json(self) -> str:
         """The content of batch.json."""

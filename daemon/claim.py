@@ -25,6 +25,7 @@ from daemon.spool import CLAIM_FILE, Spool
 from deploy import atomic
 
 SOURCE_DIR = "source"
+NOT_MOVED = "could not be moved out of the inbox"
 LATER = "and is taken in once there is space; free some"
 _NOT_MOVABLE = {errno.EXDEV, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EROFS}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -193,7 +194,7 @@ def _copy(claim: Claim, number: int, parked: Path, *, spool: Spool, fingerprint:
     if not os.path.lexists(temporary):
         return not_copied
     atomic.rename(temporary, directory / SOURCE_DIR / name)
-    told = f"{name} belongs to {owner} and could not be moved out of the inbox, "
+    told = f"{name} belongs to {owner} and {NOT_MOVED}, "
     if not_copied:
         told += f"so it was copied, but only partly: keep {left}; see what is missing in batch {claim.id}"
     else:

@@ -25,6 +25,9 @@ def status(options: Options) -> None:
 @pass_options
 def versions(options: Options) -> None:
     """List all versions."""
+    from daemon.audit import origin
+    from deploy.space import state_of
+
     store = options.store()
     live, pin = store.current(), store.pin()
     rows = [
@@ -37,6 +40,8 @@ def versions(options: Options) -> None:
             "live": number == live,
             "pinned": pin is not None and number == pin.version,
             "full": store.is_full(number),
+            "state": state_of(store, number),
+            **origin(manifest),
             **_own_exam(manifest),
         }
         for number in store.versions()
@@ -50,10 +55,15 @@ def versions(options: Options) -> None:
 @common_options
 @pass_options
 def show(options: Options, version: int | None) -> None:
-    """Show one version (default: the live one): batch, exams, ranks, decision rule by rule."""
+    """Show one version (default: the live one): batch, exams, ranks, decision rule by rule, history."""
+    from daemon.audit import history
+    from daemon.events import EventLog
+
     store = options.store()
     manifest = store.manifest(store.current() if version is None else version)
-    options.show(manifest.model_dump(mode="json", by_alias=True), lambda: _say_manifest(manifest))
+    told = history(EventLog(options.existing_home()).read(), manifest.version)
+    document = manifest.model_dump(mode="json", by_alias=True) | {"history": told}
+    options.show(document, lambda: _say_manifest(manifest, told))
 
 
 @click.command()
@@ -131,8 +141,10 @@ def _say_status(found: Mapping[str, Any]) -> None:
         why = f": {pin['why']}" if pin["why"] else ""
         click.echo(f"pinned    at version {pin['version']} by {pin['who']}{why}; `dynlora unpin` releases")
     if working := found["working"]:
-        steps = f" {working['step']}/{working['steps']}" if working.get("steps") else ""
-        click.echo(f"learning  {working['batch']}: {working.get('phase')}{steps}")
+        click.echo(f"learning  {working['batch']}: {working.get('phase')}{_steps(working)}")
+    if revising := found["revising"]:
+        named = revising.get("batch") or f"version {revising.get('version')}"
+        click.echo(f"ordered   {revising['command']} {named}: {revising.get('phase')}{_steps(revising)}")
     if found["trouble"]:
         click.echo(f"trouble   {found['trouble']}")
     for state, content in found["batches"].items():
@@ -143,13 +155,17 @@ def _say_status(found: Mapping[str, Any]) -> None:
         click.echo(f"inbox     {sentence}")
 
 
+def _steps(working: Mapping[str, Any]) -> str:
+    return f" {working['step']}/{working['steps']}" if working.get("steps") else ""
+
+
 def _say_versions(rows: list[dict[str, Any]]) -> None:
     def marks(row: dict[str, Any]) -> str:
         words = [word for word in ("live", "pinned") if row[word]]
-        return ", ".join(words if row["full"] else [*words, "pruned"])
+        return ", ".join(words if row["full"] else [*words, row["state"]])
 
     table(
-        ["version", "kind", "parent", "batch", "own exam before", "after", "created", ""],
+        ["version", "kind", "parent", "batch", "own exam before", "after", "created", "by", ""],
         [
             [
                 str(row["version"]),
@@ -159,6 +175,7 @@ def _say_versions(rows: list[dict[str, Any]]) -> None:
                 percent(row["exam_before"]),
                 percent(row["exam_after"]),
                 row["created_at"][:16].replace("T", " "),
+                row["operator"] or "–",
                 marks(row),
             ]
             for row in rows
@@ -166,7 +183,9 @@ def _say_versions(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def _say_manifest(manifest: Manifest) -> None:
+def _say_manifest(manifest: Manifest, told: list[dict[str, Any]]) -> None:
+    from daemon.audit import sentence
+
     parent = "" if manifest.parent is None else f", made from version {manifest.parent}"
     created = f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC"
     click.echo(f"version {manifest.version}: {manifest.kind}{parent}, {created}")
@@ -183,6 +202,8 @@ def _say_manifest(manifest: Manifest) -> None:
         click.echo(f"kept ranks: {len(ranks)} matrices, {ranks[0]} to {ranks[-1]}, {mean:.1f} on average")
     for rule in manifest.decision.rules if manifest.decision else ():
         click.echo(f"{'passed' if rule.passed else 'failed'}  {rule.rule}: {rule.detail}")
+    for event in told:
+        click.echo(sentence(event, manifest.version))
 
 
 def _exam_cells(exam: Mapping[str, Any]) -> list[str]:

@@ -78,18 +78,11 @@ def _carry_out(options: Options, request: Any) -> dict[str, Any]:
     Raises:
         RequestError: it could not be done; the message is the daemon's.
     """
-    from daemon import logs
-    from daemon.events import EventLog
-    from daemon.operations import apply
-    from daemon.requests import run_or_request
+    from daemon.config import Config
+    from daemon.ordering import carry_out
 
-    home, store = options.existing_home(), options.store()
-
-    def tell(event: str, **fields: Any) -> None:
-        logs.log(event, **fields)
-        EventLog(home).record(event, **fields)
-
-    answer = run_or_request(home, request, lambda r: apply(r, store, tell))
+    # No configuration takes part: a roll-back must also work where that is broken.
+    answer = carry_out(options.existing_home(), request, Config())
     if answer.exit_code:
         raise RequestError(answer.error or "it could not be done")
     return answer.result

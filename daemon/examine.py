@@ -29,29 +29,42 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sheet:
-    """One batch's exam: files and the rows of their right answers among the union of names."""
+    """One batch's exam: files and the keys of their right answers."""
 
     batch: str
     files: tuple[Path, ...]
-    answers: tuple[int, ...]
+    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Grades:
-    """What one version answered: per exam the embeddings (images, dim) and answers (images,)."""
+    """What one version answered: per exam the embeddings (images, dim) and the row chosen (images,)."""
 
     embeddings: dict[str, Float32]
     answers: dict[str, Int64]
     names: Float32  # (classes, dim)
+    keys: tuple[str, ...]  # of the classes
+
+    def right(self, sheet: Sheet) -> NDArray[np.bool_]:
+        """Which answers to an exam were right, (images,)."""
+        rows = {key: row for row, key in enumerate(self.keys)}
+        truth = np.array([rows.get(key, -1) for key in sheet.answers], np.int64)
+        right: NDArray[np.bool_] = self.answers[sheet.batch] == truth
+        return right
 
     def cosines_with(self, later: "Grades") -> dict[str, float | None]:
-        """Mean cosine between this version's embeddings and a later one's: 1 is no change at all."""
+        """Mean cosine between this version's embeddings and a later one's: 1 is no change at all.
+
+        Of the names, those that both were asked about.
+        """
         images = [(e * later.embeddings[batch]).sum(axis=1) for batch, e in self.embeddings.items()]
         cosines = np.concatenate(images) if images else np.empty(0)
-        texts = (self.names * later.names).sum(axis=1)
+        common = [key for key in self.keys if key in later.keys]
+        rows = [[grades.keys.index(key) for key in common] for grades in (self, later)]
+        texts = (self.names[rows[0]] * later.names[rows[1]]).sum(axis=1)
         return {
             "mean_image_cosine": float(cosines.mean()) if len(cosines) else None,
-            "mean_text_cosine": float(texts.mean()),
+            "mean_text_cosine": float(texts.mean()) if len(texts) else None,
         }
 
 
@@ -96,67 +109,76 @@ class Examiner:
     What cannot be read of those kept before is left out, of the grades of all versions alike.
 
     Args:
+        batch: the one whose own exam comes first; None where it is taken out, or has no images any more.
+        work_dir: where its images lie.
         classes: the union of known names, in the order of the version to come.
         threads: of ONNX Runtime.
+        without: batches whose exams do not count.
 
     Attributes:
         warnings: a sentence for each exam, or image of one, that was left out.
     """
 
     home: Path
-    batch: Batch
+    batch: Batch | None
     work_dir: Path
     classes: Sequence[ClassEntry]
     threads: int
+    without: frozenset[str] = frozenset()
     warnings: list[str] = field(default_factory=list, init=False)
     _is_settled: bool = field(default=False, init=False)  # a version was graded; no image may drop out now
 
     def __post_init__(self) -> None:
-        rows = {entry.key: row for row, entry in enumerate(self.classes)}
-        own = self.batch.split("exam")
-        self.sheets = [
-            Sheet(
-                self.batch.id,
-                tuple(self.work_dir / image.file for image in own),
-                tuple(rows[image.class_key] for image in own),
-            )
-        ]
+        keys = {entry.key for entry in self.classes}
+        self.sheets: list[Sheet] = []
+        if self.batch is not None:
+            own = self.batch.split("exam")
+            files = tuple(self.work_dir / image.file for image in own)
+            self.sheets.append(Sheet(self.batch.id, files, tuple(image.class_key for image in own)))
         for directory, exam in load_exams(self.home, self.warnings.append):
             # A name that left with a roll-back cannot be answered; its images wait until it is back.
-            known = [image for image in exam.images if image.class_key in rows]
-            if exam.batch != self.batch.id and known:
+            known = [image for image in exam.images if image.class_key in keys]
+            if known and exam.batch not in {self._own, *self.without}:
                 files = tuple(directory / image.file for image in known)
-                self.sheets.append(Sheet(exam.batch, files, tuple(rows[i.class_key] for i in known)))
+                self.sheets.append(Sheet(exam.batch, files, tuple(image.class_key for image in known)))
 
-    def grade(self, version_dir: Path) -> Grades:
+    @property
+    def _own(self) -> str | None:
+        return self.batch.id if self.batch is not None else None
+
+    def grade(self, version_dir: Path, classes: Sequence[ClassEntry] | None = None) -> Grades:
         """Ask one version everything. It need not be published, but be complete, manifest.json included.
+
+        Args:
+            classes: the names to choose from; by default those of the version to come.
 
         Raises:
             VerifyError: the version cannot be loaded.
             BatchError: an image of the batch's own exam cannot be read.
             WorkerError: an image of an older exam can no longer be read; the next attempt leaves it out.
         """
+        asked = self.classes if classes is None else classes
         with LoadedVersion(version_dir, threads=self.threads) as version:
             names = version.embed_classes(
-                [entry.name for entry in self.classes], [entry.template for entry in self.classes]
+                [entry.name for entry in asked], [entry.template for entry in asked]
             )
             graded = [self._embed(version, sheet) for sheet in self.sheets]
-        self.sheets = [sheet for sheet, _ in graded if sheet.files or sheet.batch == self.batch.id]
+        self.sheets = [sheet for sheet, _ in graded if sheet.files or sheet.batch == self._own]
         self._is_settled = True
         embeddings = {sheet.batch: rows for sheet, rows in graded if sheet in self.sheets}
-        answers = {batch: (e @ names.T).argmax(axis=1) for batch, e in embeddings.items()}
-        return Grades(embeddings, answers, names)
+        answers = {batch: (e @ names.T).argmax(axis=1) for batch, e in embeddings.items() if len(e)}
+        answers |= {batch: np.zeros(0, np.int64) for batch, e in embeddings.items() if not len(e)}
+        return Grades(embeddings, answers, names, tuple(entry.key for entry in asked))
 
     def compare(self, before: Grades, after: Grades) -> list[ExamResult]:
         """Right, gained and lost per exam, the batch's own first."""
         return [self._result(sheet, before, after) for sheet in self.sheets]
 
     def _result(self, sheet: Sheet, before: Grades, after: Grades) -> ExamResult:
-        truth = np.array(sheet.answers)
-        was, now = before.answers[sheet.batch] == truth, after.answers[sheet.batch] == truth
+        was, now = before.right(sheet), after.right(sheet)
         return ExamResult(
             batch=sheet.batch,
-            images=len(truth),
+            images=len(sheet.answers),
             correct_before=int(was.sum()),
             correct_after=int(now.sum()),
             gained=int((~was & now).sum()),
@@ -186,7 +208,7 @@ class Examiner:
         return left, np.concatenate(rows)
 
     def _leave_out(self, sheet: Sheet, error: BatchError) -> None:
-        if sheet.batch == self.batch.id:
+        if sheet.batch == self._own:
             raise error
         if self._is_settled:
             raise WorkerError(f"{error}, though it was a moment ago") from error

@@ -8,7 +8,8 @@ A batch is held only on evidence. Three rules, all of which must pass:
 
 Significant: the exact one-sided McNemar test on the flips has a p-value below `alpha`. Under 20
 exam images a batch's own gain says too little either way: the first rule passes with a warning and the pooled
-exams decide.
+exams decide. Taking a batch out again has nothing to gain: the last rule alone decides, over the exams of the
+batches that stay.
 """
 
 from collections.abc import Sequence
@@ -36,6 +37,19 @@ def decide(exams: Sequence[ExamResult], config: ExamConfig) -> Decision:
     ]
     outcome = "publish" if all(rule.passed for rule in rules) else "hold"
     return Decision(outcome=outcome, rules=tuple(rules))
+
+
+def decide_revert(exams: Sequence[ExamResult], config: ExamConfig) -> Decision:
+    """Decide about a candidate that lacks one batch, from the exams of the batches that stay."""
+    rule = _loss_rule("old_exams", exams, config.alpha)
+    return Decision(outcome="publish" if rule.passed else "hold", rules=(rule,))
+
+
+def overruled(decision: Decision, who: str, why: str) -> Decision:
+    """The same findings, published because an operator wants it so; says who and why."""
+    detail = f"{who} decided" + (f": {why}" if why else " and gave no reason")
+    rule = RuleResult(rule="operator", passed=True, detail=detail)
+    return Decision(outcome="publish", rules=(*decision.rules, rule))
 
 
 def loss_p_value(gained: int, lost: int) -> float:

@@ -19,7 +19,7 @@ from daemon.publish import Publisher
 from daemon.reception import known
 from daemon.recovery import next_step
 from daemon.spool import Reason
-from daemon.status import free_bytes, is_full_disk
+from daemon.status import check_space, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_STOPPED, Worker, default_command
 from deploy.errors import DeployError, StoreError
 
@@ -56,14 +56,10 @@ class Lifecycle:
     def __init__(self, publisher: Publisher, launch: Launch) -> None:
         self._publisher = publisher
         self._launch = launch
-        self._home, self._config = publisher.home, publisher.config
+        self._home = publisher.home
         self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
         self._job: _Job | None = None
         self._not_before: dict[str, float] = {}  # batch id → time of its next attempt
-
-    def reconfigure(self, publisher: Publisher) -> None:
-        """Go on with this publisher and its configuration; a running worker keeps its plan."""
-        self._publisher, self._config = publisher, publisher.config
 
     @property
     def working(self) -> dict[str, Any] | None:
@@ -121,7 +117,7 @@ class Lifecycle:
         """Stop the worker, if there is one, giving it time for a checkpoint."""
         job, self._job = self._job, None
         if job is not None:
-            code = job.worker.stop(self._config.learning.stop_seconds, should_force)
+            code = job.worker.stop(self._publisher.config.learning.stop_seconds, should_force)
             logs.log("worker stopped", batch=job.batch, code=code, outcome=outcome)
             self._spool.save(self._spool.load(job.batch).with_outcome(outcome))
 
@@ -171,11 +167,14 @@ class Lifecycle:
         except BatchError as error:
             self._give_up(batch_id, str(error))
             return
-        if (why := attempts.why_give_up(batch, self._config.attempts)) is not None:
+        if (why := attempts.why_give_up(batch, self._publisher.config.attempts)) is not None:
             self._give_up(batch_id, why)
             return
         live = self._store.current()
-        self._check_space(batch_id, live)
+        needed = 2 * sum(record.bytes for record in self._store.manifest(live).files.values())
+        where = self._spool.state_dir("work") / batch_id
+        # The new version, and as much again for checkpoints.
+        check_space(self._home, needed, f"learn {batch_id}", waits=f" It waits in {where}.")
         batch = batch.with_attempt(datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"))
         self._spool.save(batch)  # before the worker exists: an attempt that kills us is counted
         self._publisher.drop_staging(batch_id)
@@ -188,20 +187,6 @@ class Lifecycle:
         worker = Worker(command, log_path, wake=self._launch.wake)
         self._job = _Job(batch_id, live, worker, {"phase": "start"})
         self._tell("adapting", batch=batch_id, parent=live, attempt=len(batch.attempts), pid=worker.pid)
-
-    def _check_space(self, batch_id: str, live: int) -> None:
-        """Refuse to start what cannot be finished: the new version, and as much again for checkpoints.
-
-        Raises:
-            StoreError: the disk has too little space; the batch waits in work/.
-        """
-        needed = 2 * sum(record.bytes for record in self._store.manifest(live).files.values())
-        free = free_bytes(self._home)
-        if free < needed:
-            raise StoreError(
-                f"the disk is too full to learn {batch_id}: {needed:,} bytes are needed, {free:,} are free. "
-                f"It waits in {self._spool.state_dir('work') / batch_id}; free some space."
-            )
 
     def _ended(self, job: _Job, code: int, now: float) -> None:
         if code == EXIT_STOPPED:
@@ -246,11 +231,11 @@ class Lifecycle:
         if batch.attempts:
             batch = batch.with_outcome(f"{attempts.FAILED}{why}")
             self._spool.save(batch)
-        reason = why if not retry else attempts.why_give_up(batch, self._config.attempts)
+        reason = why if not retry else attempts.why_give_up(batch, self._publisher.config.attempts)
         if reason is not None:
             self._give_up(batch_id, reason)
             return
-        wait = attempts.wait_seconds(batch, self._config.attempts)
+        wait = attempts.wait_seconds(batch, self._publisher.config.attempts)
         self._not_before[batch_id] = now + wait
         self._spool.move(batch_id, "queued")
         self._tell("attempt_failed", logging.WARNING, batch=batch_id, why=why, next_attempt_seconds=wait)

@@ -1,29 +1,38 @@
-"""Commands that change which version is live: the code behind them, with a daemon running or without."""
+"""Commands that are done at once: the code behind them, with a daemon running or without.
 
-from collections.abc import Callable
+What takes long (promote, revert, rebuild) is daemon.revision's.
+"""
 
+from daemon.errors import DaemonError
+from daemon.forget import forget
+from daemon.publish import Publisher, Tell
 from daemon.requests import Answer, Request
+from deploy import space
 from deploy.errors import DeployError, StoreError
+from deploy.space import Freed
 from deploy.store import VersionStore
 
-Tell = Callable[..., None]
 
-
-def apply(request: Request, store: VersionStore, tell: Tell) -> Answer:
+def apply(request: Request, publisher: Publisher) -> Answer:
     """Carry out one command; the caller holds the home's lock. What goes wrong becomes the answer.
 
-    Args:
-        tell: called with an event's name and fields once its effect is on disk; must not fail, for the effect
-            is there then.
+    Events are told once their effect is on disk; telling must not fail, for the effect is there then.
     """
+    store, tell = publisher.store, publisher.tell
     try:
-        return (
-            _roll_back(request, store, tell)
-            if request.command == "rollback"
-            else _unpin(request, store, tell)
-        )
-    except (DeployError, OSError) as error:
+        if request.command == "rollback":
+            return _roll_back(request, store, tell)
+        if request.command == "unpin":
+            return _unpin(request, store, tell)
+        if request.command == "thin":
+            return _freed(request, space.thin(store, request.versions), tell, "thinned")
+        if request.command == "prune":
+            return _freed(request, space.prune(store, request.versions), tell, "pruned")
+        if request.command == "forget":
+            return _forget(request, publisher)
+    except (DeployError, DaemonError, OSError) as error:
         return Answer(exit_code=1, error=str(error))
+    return Answer(exit_code=2, error=f"{request.command} is not done at once")
 
 
 def rollback_target(store: VersionStore) -> int:
@@ -67,6 +76,29 @@ def _unpin(request: Request, store: VersionStore, tell: Tell) -> Answer:
         tell("unpinned", version=pin.version, who=request.who)
     released = request.to if pin is None else pin.version
     return Answer(exit_code=0, result={"unpinned": released, "live": _live(store)})
+
+
+def _freed(request: Request, freed: Freed, tell: Tell, event: str) -> Answer:
+    """What was removed; `kept` says of the other versions why they had to stay as they are."""
+    for version in freed.versions:
+        tell(event, version=version, who=request.who, why=request.why or None)
+    kept = {str(version): why for version, why in freed.kept.items()}
+    return Answer(exit_code=0, result={"versions": freed.versions, "bytes": freed.bytes, "kept": kept})
+
+
+def _forget(request: Request, publisher: Publisher) -> Answer:
+    """Whatever was learnt so far of a batch that is not published goes too; the caller stopped its worker."""
+    home, spool, batch_id = publisher.home, publisher.spool, request.batch or ""
+    published = publisher.store.published_batches().get(batch_id)
+    if spool.find(batch_id) in ("work", "held") and published is not None:
+        publisher.finish(batch_id, published.version)
+    elif spool.find(batch_id) == "work":
+        publisher.discard_learning(batch_id)
+    inbox = publisher.config.inbox_dir(home)
+    found = forget(home, inbox, batch_id, who=request.who, why=request.why)
+    counts = sum(found["images"].values())
+    publisher.tell("forgotten", batch=batch_id, files=counts, who=request.who, why=request.why or None)
+    return Answer(exit_code=0, result=found)
 
 
 def _live(store: VersionStore) -> int | None:

@@ -80,7 +80,8 @@ class BarView:
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task("", total=None, detail="")
-        words = [str(fields["batch"])] if fields.get("batch") else []
+        named = ("command", "batch", "version") if "command" in fields else ("batch",)
+        words = [str(fields[key]) for key in named if fields.get(key) is not None]
         self._progress.update(
             self._task,
             description=" ".join([*words, PHASES.get(phase, phase)]),

@@ -3,6 +3,7 @@ repeat.
 
     judge    report → gate → publish (staging → versions/N → current), or hold (spool/held/<id>)
     finish   exam images → exams/<id>, batch → done/<id>, old versions pruned
+    revise   what an operator ordered (a batch promoted or reverted) → versions/N → current
 
 Knows nothing of workers; the service says when.
 """
@@ -23,24 +24,25 @@ from daemon.errors import WorkerError
 from daemon.exams import keep_exam
 from daemon.gate import decide
 from daemon.plan import CHECKPOINT_DIR, PLAN_NAME, Plan
-from daemon.recovery import WorkListing
-from daemon.report import DECISION_NAME, RESULT_DIR, Report, load_report
+from daemon.recovery import WorkListing, publication
+from daemon.report import DECISION_NAME, RESULT_DIR, Report, load_report, staging_name
 from daemon.spool import Spool
 from deploy import atomic
 from deploy.errors import VerifyError
 from deploy.manifest import DELTA_NAME, Decision, FileRecord, Manifest
-from deploy.store import STAGING_PREFIX, VersionStore
+from deploy.store import VersionStore
 from deploy.verify import check_files
 
 Tell = Callable[..., None]
 _RECORDS = TypeAdapter(dict[str, FileRecord])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Publisher:
     """The publishing side of one home.
 
     Attributes:
+        config: replaced when the daemon reads its configuration again.
         tell: called with an event's name and fields once its effect is on disk.
     """
 
@@ -64,7 +66,7 @@ class Publisher:
 
     def staging_dir(self, batch_id: str) -> Path:
         """Where the worker stages this batch's version."""
-        return self.store.versions_dir / f"{STAGING_PREFIX}{batch_id}"
+        return self.store.staging_dir(batch_id)
 
     def whole_candidates(self) -> list[str]:
         """The batches in work/ whose worker was done: their report is there and their staged version whole.
@@ -104,17 +106,42 @@ class Publisher:
             self.finish(batch_id, version)
         return decision
 
+    def revise(self, report: Report, decision: Decision, *, operator: str) -> int:
+        """Publish what an operator ordered, and return its version.
+
+        Raises:
+            WorkerError: what the worker left cannot be published; the live version is what it was.
+            StoreError, VerifyError, OSError: publishing failed; the live version is what it was.
+        """
+        staging = self.store.staging_dir(staging_name(report.manifest["kind"], report.batch))
+        manifest = self._manifest(report, decision, datetime.now(UTC), operator=operator)
+        version = self.store.publish(staging, manifest)
+        if manifest.kind == "promote":
+            self.finish(report.batch, version)
+        else:
+            self._tell_of(version)
+            self.prune()
+        return version
+
+    def finish_promoted(self) -> None:
+        """Finish the held batches that are published: a crash came between the two."""
+        published = self.store.published_batches()
+        for batch_id in self.spool.ids("held"):
+            if batch_id in published:
+                self.finish(batch_id, published[batch_id].version)
+
     def finish(self, batch_id: str, version: int) -> None:
         """Do what is left to do for a batch that is published; only then are old versions pruned.
 
-        Where publishing broke off its version is made live first, unless an operator rolled back meanwhile:
-        then the event names the version that is `live` instead.
+        It lies in work/, or in held/ where it was promoted. Where publishing broke off its version is made
+        live first, unless an operator rolled back meanwhile: then the event names the version that is `live`
+        instead.
         """
         self.store.complete()
         live = self.store.current()
-        work_dir = self.spool.state_dir("work") / batch_id
+        work_dir = self.spool.path(batch_id)
         batch = self.spool.load(batch_id)
-        if self.config.exam.keep:
+        if self.config.exam.keep and batch.forgotten is None:
             limit = self.config.exam.max_images_per_class
             keep_exam(self.home, batch, work_dir, max_images_per_class=limit)
         atomic.remove_tree(work_dir / CHECKPOINT_DIR)
@@ -125,7 +152,7 @@ class Publisher:
             self.spool.save(batch.with_outcome(f"published as version {version}{instead}"))
         self.spool.move(batch_id, "done")
         other = {} if live == version else {"live": live}
-        self.tell("published", batch=batch_id, version=version, **other, **self._figures(version))
+        self._tell_of(version, **other, **self._figures(version))
         self.prune()
 
     def discard_learning(self, batch_id: str) -> None:
@@ -161,8 +188,11 @@ class Publisher:
         why = "; ".join(rule.detail for rule in decision.rules if not rule.passed)
         self.tell("held", batch=batch.id, parent=report.parent, why=why)
 
-    def _manifest(self, report: Report, decision: Decision, now: datetime) -> Manifest:
+    def _manifest(
+        self, report: Report, decision: Decision, now: datetime, *, operator: str | None = None
+    ) -> Manifest:
         given = {
+            "operator": operator,
             "version": self.store.next_version(),
             "created_at": now.astimezone(UTC),
             "decision": decision,
@@ -173,6 +203,10 @@ class Publisher:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise WorkerError(f"the worker's report makes no manifest: {where}: {first['msg']}") from error
+
+    def _tell_of(self, version: int, **fields: Any) -> None:
+        told = publication(self.store.manifest(version))
+        self.tell(told.pop("event"), **told, **fields)
 
     def _figures(self, version: int) -> dict[str, Any]:
         """What the event says beside its name: the batch's own exam, in a few numbers."""

@@ -13,6 +13,7 @@ from daemon.batch import Batch
 from daemon.spool import State
 from deploy.manifest import Manifest
 
+_PUBLICATIONS = {"initial": "initialised", "promote": "promoted", "revert": "reverted"}
 Step = Literal["finish", "judge", "redo", "restart", "resume"]
 
 
@@ -53,6 +54,21 @@ def next_step(listing: WorkListing, live: int) -> Step:
     return "resume"
 
 
+def publication(manifest: Manifest) -> dict[str, Any]:
+    """The event that tells of a version: its name, version and batch; who and why where people decided."""
+    event = _PUBLICATIONS.get(manifest.kind, "published")
+    rules = manifest.decision.rules if manifest.decision else ()
+    why = next((rule.detail for rule in rules if rule.rule == "operator"), None)
+    batch_id = manifest.batch.id if manifest.batch else None
+    return {
+        "event": event,
+        "batch": batch_id,
+        "version": manifest.version,
+        "who": manifest.operator,
+        "why": why,
+    }
+
+
 def missing_events(
     known: Iterable[Mapping[str, Any]], manifests: Iterable[Manifest], batches: Iterable[tuple[State, Batch]]
 ) -> Iterator[dict[str, Any]]:
@@ -60,23 +76,17 @@ def missing_events(
 
     A crash between an effect and its line loses the line. Every version and every batch that left work/ gets
     the one event that says so; what the files do not say (when a batch was claimed, say) is not made up. A
-    batch that is published but still in work/ is told when it is finished.
+    batch that is published but still in work/ or held/ is told when it is finished.
     """
     batches = list(batches)
-    unfinished = {batch.id for state, batch in batches if state == "work"}
+    unfinished = {batch.id for state, batch in batches if state in ("work", "held")}  # promoted out of held/
     seen = {(entry["event"], entry.get("batch"), entry.get("version")) for entry in known}
     told = {(event, batch) for event, batch, _ in seen}
     for manifest in manifests:
-        batch_id = manifest.batch.id if manifest.batch else None
-        event = "initialised" if manifest.kind == "initial" else "published"
-        if (event, batch_id, manifest.version) not in seen and batch_id not in unfinished:
-            yield {
-                "event": event,
-                "at": manifest.created_at,
-                "batch": batch_id,
-                "version": manifest.version,
-                "late": True,
-            }
+        told_as = publication(manifest)
+        told_of = told_as["event"], told_as["batch"], manifest.version
+        if told_of not in seen and (manifest.kind == "revert" or told_as["batch"] not in unfinished):
+            yield {**told_as, "at": manifest.created_at, "late": True}
     for state, batch in batches:
         event = "duplicate" if state == "done" and batch.duplicate_of else state
         if event in ("held", "failed", "duplicate") and (event, batch.id) not in told:

@@ -1,5 +1,6 @@
 """What a worker hands over: the report of one adaptation (`report.json`)."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ class ExamResult(BaseModel):
 
 
 class Report(BaseModel):
-    """The result of one adaptation.
+    """The result of one adaptation, promotion or revert.
 
-    `exams` starts with the exam of the batch itself; the exams of the batches kept before it follow.
+    `exams` starts with the exam of the batch itself; the exams of the batches kept before it follow. A revert
+    has only those of the batches that stay.
     `manifest` holds every field of the version's manifest but version, created_at, operator and decision,
     which are the daemon's to give.
     """
@@ -53,6 +55,31 @@ class Report(BaseModel):
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = {}
     peak_memory_bytes: int | None = None
+
+
+def staging_name(command: str, batch: str) -> str:
+    """The name that the worker stages a promotion or a revert under."""
+    return f"{command}-{batch}"
+
+
+def metrics_of(exams: Sequence[ExamResult], cosines: Mapping[str, float | None]) -> dict[str, Any]:
+    """What a manifest records of the exams and of how far the embeddings moved."""
+
+    def row(exam: ExamResult) -> dict[str, Any]:
+        return {
+            "batch": exam.batch,
+            "images": exam.images,
+            "accuracy_before": exam.correct_before / exam.images,
+            "accuracy_after": exam.correct_after / exam.images,
+            "negative_flips": exam.lost,
+        }
+
+    images = sum(exam.images for exam in exams)
+    return {
+        "exams": [row(exam) for exam in exams if exam.images],
+        "negative_flip_rate": sum(exam.lost for exam in exams) / images if images else None,
+        **cosines,
+    }
 
 
 def load_report(result_dir: Path) -> Report:

@@ -3,11 +3,13 @@
 A command that changes state calls `run_or_request`. With no daemon running it takes the home's lock and does
 the work itself, with the same code. With one running it leaves a request (atomic rename), waits for the
 answer and takes over its outcome; should the daemon die meanwhile, the request is withdrawn and the command
-does the work itself.
+does the work itself. What takes long stays unanswered while it is under way; a command that is interrupted
+withdraws its request, which ends the work.
 
-Requests name their effect, not a change: "roll back to 4", never "one back"; "release the pin on 4".
-Executing one twice, as after a crash between effect and answer, does what executing it once does. A request
-whose command no longer waits is refused: what an operator wanted days ago must not happen by surprise.
+Requests name their effect, not a change: "roll back to 4", never "one back"; "release the pin on 4"; "the
+live version without batch 2". Executing one twice, as after a crash between effect and answer, does what
+executing it once does. A request whose command no longer waits is refused: what an operator wanted days ago
+must not happen by surprise.
 """
 
 import contextlib
@@ -41,13 +43,28 @@ def _current_user() -> str:
         return f"uid {os.getuid()}"
 
 
+Command = Literal["rollback", "unpin", "promote", "revert", "thin", "rebuild", "prune", "forget"]
+
+
 class Request(BaseModel):
-    """One command: what to do, who wants it and why. `to` is the version to go back to, or to release."""
+    """One command: what to do, who wants it and why.
+
+    Attributes:
+        to: the version to go back to, to release, or to rebuild.
+        batch: the one to promote, to revert or to forget.
+        versions: to thin or to prune.
+        insist: revert even where an exam says that too much is lost.
+        name: of its file, where a daemon read it from one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    command: Literal["rollback", "unpin"]
+    command: Command
     to: int | None = None
+    batch: str | None = None
+    versions: tuple[int, ...] = ()
+    insist: bool = False
+    name: str = Field("", exclude=True)
     who: str = Field(default_factory=_current_user)
     why: str = ""
     created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
@@ -69,12 +86,14 @@ def run_or_request(
     execute: Callable[[Request], Answer],
     *,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    is_under_way: Callable[[str], bool] = lambda _: False,
 ) -> Answer:
     """Carry out a command that changes state, through the running daemon or by ourselves.
 
     Args:
         execute: does the work; called here only while this process holds the home's lock.
-        timeout_seconds: how long a running daemon may take to answer.
+        timeout_seconds: how long a running daemon may take to answer, or to begin what takes long.
+        is_under_way: whether the daemon is at work on the request of that name; asked while waiting.
 
     Raises:
         RequestError: a daemon runs but did not answer in time; the request was withdrawn.
@@ -92,6 +111,8 @@ def run_or_request(
                     return answer or execute(request)
             except LockError:
                 name = name or leave(home, request)
+                if is_under_way(name):
+                    deadline = time.monotonic() + timeout_seconds
                 time.sleep(POLL_SECONDS)
     finally:
         if name is not None:
@@ -129,8 +150,17 @@ def take_answer(home: Path, name: str) -> Answer | None:
     return answer
 
 
+def is_waiting(home: Path, name: str) -> bool:
+    """Whether a request is still wanted: neither answered nor withdrawn."""
+    return (home / "requests" / f"{name}.json").exists()
+
+
 def execute_pending(
-    home: Path, execute: Callable[[Request], Answer], answers: dict[str, Answer] | None = None
+    home: Path,
+    execute: Callable[[Request], Answer | None],
+    answers: dict[str, Answer] | None = None,
+    *,
+    is_under_way: Callable[[str], bool] = lambda _: False,
 ) -> int:
     """Execute all waiting requests, oldest first, and answer each; returns how many there were.
 
@@ -139,8 +169,10 @@ def execute_pending(
     is executed again.
 
     Args:
+        execute: returns None for what takes long and is under way; it is called again until it has an answer.
         answers: what was executed and could not be answered yet, by file name; kept by the caller, so that a
             full disk makes nothing happen twice.
+        is_under_way: whether the request of that name was begun; how old it is no longer matters then.
 
     Raises:
         OSError: an answer could not be written; call again.
@@ -153,7 +185,9 @@ def execute_pending(
     for path in paths:
         if path.name not in answers:
             with contextlib.suppress(FileNotFoundError):  # withdrawn between listing and reading
-                answers[path.name] = _answer(path, execute)
+                answer = _answer(path, execute, is_old_fine=is_under_way(path.stem))
+                if answer is not None:
+                    answers[path.name] = answer
     for name, answer in list(answers.items()):
         atomic.make_dir(folder / "done")
         atomic.write_text(folder / "done" / name, answer.model_dump_json())
@@ -162,13 +196,13 @@ def execute_pending(
     return len(paths)
 
 
-def _answer(path: Path, execute: Callable[[Request], Answer]) -> Answer:
+def _answer(path: Path, execute: Callable[[Request], Answer | None], *, is_old_fine: bool) -> Answer | None:
     try:
-        request = Request.model_validate_json(path.read_bytes())
+        request = Request.model_validate_json(path.read_bytes()).model_copy(update={"name": path.stem})
     except ValidationError as error:
         return Answer(exit_code=2, error=f"{path.name} is not a request: {error.errors()[0]['msg']}")
     age_seconds = (datetime.now(UTC) - request.created_at).total_seconds()
-    if age_seconds <= TIMEOUT_SECONDS:
+    if is_old_fine or age_seconds <= TIMEOUT_SECONDS:
         return execute(request)
     why = (
         f"{request.who} asked for {request.command} {age_seconds:.0f} seconds ago; a command waits "

@@ -6,13 +6,14 @@ Knows the order of things; each of them lives in a module of its own.
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from daemon import logs, operations, retention
+from daemon import attempts, logs, operations, retention
 from daemon.config import Config, keys_of
 from daemon.events import EventLog
+from daemon.exams import exam_dir
+from daemon.forget import finish_forgetting
 from daemon.lifecycle import Launch, Lifecycle
 from daemon.part import Part
 from daemon.progress import View
@@ -20,6 +21,7 @@ from daemon.publish import Publisher
 from daemon.reception import Reception
 from daemon.recovery import missing_events
 from daemon.requests import Answer, Request, execute_pending
+from daemon.revision import LONG_COMMANDS, Reviser
 from daemon.spool import STATES, Spool
 from daemon.status import StatusFile, describe, is_full_disk, pin_fields
 from deploy.errors import DeployError
@@ -46,6 +48,7 @@ class Service:
         self.reception = Reception(home, config, tell=self.tell)
         self._publisher = Publisher(home, config, self._spool, self._store, self.tell)
         self._lifecycle = Lifecycle(self._publisher, launch)
+        self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
         self._requests, self._inbox, self._learning, self._cleaning = (Part(self._explain) for _ in range(4))
         self._parts = (self._learning, self._inbox, self._requests, self._cleaning)
         self._answers: dict[str, Answer] = {}  # of requests that were executed on a disk too full to say so
@@ -75,6 +78,8 @@ class Service:
         for event in missing_events(self._events.read(), manifests, batches):
             if not self._events.record(**event):
                 break
+        self._publisher.finish_promoted()
+        finish_forgetting(self._home, self._config.inbox_dir(self._home))
         self._lifecycle.close_interrupted()
         self._is_recovered = True
         self.tell("started", version=live)
@@ -84,7 +89,7 @@ class Service:
 
         Each part has its own trouble: an inbox that cannot be read stops no worker and no publication.
         """
-        self._requests.attempt(lambda: execute_pending(self._home, self._execute, self._answers), now)
+        self._requests.attempt(self._execute_pending, now)
         if not self._is_recovered:
             self._learning.attempt(self._recover, now)
             self._show()
@@ -95,9 +100,18 @@ class Service:
         self._show()
         return is_busy
 
+    def _execute_pending(self) -> None:
+        is_under_way = self._reviser.is_under_way
+        execute_pending(self._home, self._execute, self._answers, is_under_way=is_under_way)
+        self._reviser.observe()
+
     def _learn(self, now: float) -> bool:
         self._lifecycle.observe(now)
-        return self._lifecycle.advance(now)
+        return not self._reviser.is_changing_live and self._lifecycle.advance(now)
+
+    def _pause_learning(self, why: str) -> None:
+        """The live version is about to change: a batch at work stops at a checkpoint."""
+        self._lifecycle.interrupt(f"{attempts.RESTARTED}{why}")
 
     def _explain(self, error: Exception) -> str:
         """A sentence for people; the system's own about a full disk names no file and nothing to do."""
@@ -123,8 +137,7 @@ class Service:
         late = [key for key in changed if key in AFTER_RESTART]
         self._config = config
         self.reception.reconfigure(config)
-        self._publisher = replace(self._publisher, config=config)
-        self._lifecycle.reconfigure(self._publisher)
+        self._publisher.config = config
         self._events.max_bytes = config.log.events_max_bytes
         logs.set_level(config.log.level)
         self.tell("reloaded", changed=[key for key in changed if key not in late], after_restart=late)
@@ -159,7 +172,7 @@ class Service:
         return self._learning.trouble or (at_the_door if self._is_worked_off() else None)
 
     def _is_worked_off(self) -> bool:
-        if self._lifecycle.working is not None:
+        if self._lifecycle.working is not None or self._reviser.working is not None:
             return False
         return self.is_pinned() or not (self._spool.ids("work") or self._spool.ids("queued"))
 
@@ -170,6 +183,7 @@ class Service:
     def stop(self, should_force: Callable[[], bool] = lambda: False) -> None:
         """Stop in order: the worker first (it checkpoints), then the status. Batches stay where they are."""
         self._view.clear()
+        self._reviser.stop()
         if (working := self._lifecycle.working) is not None:
             logs.log(
                 "stopping", what="worker", batch=working["batch"], wait=self._config.learning.stop_seconds
@@ -189,11 +203,31 @@ class Service:
             self.outcomes.append({"event": event, **fields})
         self._events.record(event, **fields)
 
-    def _execute(self, request: Request) -> Answer:
-        answer = operations.apply(request, self._store, self.tell)
-        for part in self._parts:
-            part.wake()
+    def _execute(self, request: Request) -> Answer | None:
+        if not self._is_recovered and request.command not in ("rollback", "unpin"):
+            return Answer(exit_code=1, error=f"the daemon cannot start yet: {self.trouble}; try again later")
+        if request.command in LONG_COMMANDS:
+            answer = self._reviser.answer(request)
+        else:
+            answer = self._make_way(request) or operations.apply(request, self._publisher)
+        if answer is not None:
+            for part in self._parts:
+                part.wake()
         return answer
+
+    def _make_way(self, request: Request) -> Answer | None:
+        """Before images are forgotten, whoever may be reading them stops; an answer where that cannot be."""
+        if request.command != "forget":
+            return None
+        busy, working = self._reviser.working, self._lifecycle.working
+        if busy is not None and busy.get("batch") == request.batch:
+            why = f"`{busy['command']} {request.batch}` is under way: forget it when that has ended"
+            return Answer(exit_code=1, error=why)
+        if working is not None and working["batch"] == request.batch:
+            self._lifecycle.interrupt("its images were forgotten", should_force=lambda: True)
+        elif working is not None and exam_dir(self._home, request.batch or "").is_dir():
+            self._pause_learning(f"the exam of {request.batch} was forgotten")
+        return None
 
     def _sweep(self, now: float) -> None:
         if now >= self._sweep_at:
@@ -202,8 +236,10 @@ class Service:
 
     def _show(self) -> None:
         """Progress for people, status.json for programs."""
-        working = self._lifecycle.working
-        if working is not None:
+        working, revising = self._lifecycle.working, self._reviser.working
+        if revising is not None:
+            self._view.update(**{key: value for key, value in revising.items() if key != "request"})
+        elif working is not None:
             self._view.update(**working)
         else:
             self._view.clear()
@@ -218,6 +254,7 @@ class Service:
             "pin": pin_fields(pin),
             "queued": self._spool.ids("queued"),
             "working": working,
+            "revising": self._reviser.working,
             "inbox": self.reception.problems,
             "trouble": self.trouble,
         }
@@ -228,4 +265,5 @@ class Service:
             return "waiting"
         if is_pinned:
             return "pinned"
-        return "idle" if self._lifecycle.working is None else "working"
+        is_busy = self._lifecycle.working is not None or self._reviser.working is not None
+        return "working" if is_busy else "idle"

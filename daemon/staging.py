@@ -1,4 +1,4 @@
-"""A learnt delta becomes a staged version: fold, write, and everything that lies beside the weights.
+"""Folded weights become a staged version: everything that lies beside them, and what its manifest says.
 
 Runs in the worker only: torch computes the reference outputs that clients check themselves against.
 """
@@ -41,10 +41,9 @@ class Candidate:
 
     def manifest_draft(self, files: Mapping[str, FileRecord]) -> dict[str, Any]:
         """What is known of the manifest before the decision: all but version, time, operator and figures."""
-        batch, parent = self.batch, self.parent
-        lineage = [entry.model_dump() for entry in parent.lineage]
+        batch = self.batch
+        lineage = [entry.model_dump() for entry in self.parent.lineage]
         return {
-            "parent": parent.version,
             "kind": "update",
             "batch": {
                 "id": batch.id,
@@ -54,34 +53,54 @@ class Candidate:
                 "producer_id": batch.producer_id,
             },
             "lineage": [*lineage, {"batch": batch.id, "delta_sha256": self.delta_record.sha256}],
-            "architecture": parent.architecture,
-            "embed_dim": parent.embed_dim,
-            "context_length": parent.context_length,
-            "logit_scale": parent.logit_scale,
-            "logit_bias": parent.logit_bias,
-            "files": {name: record.model_dump() for name, record in files.items()},
-            "software": software_versions(),
+            **inherited(self.parent, files),
         }
 
 
-def stage_candidate(candidate: Candidate, delta_path: Path) -> tuple[Path, float]:
+def inherited(parent: Manifest, files: Mapping[str, FileRecord]) -> dict[str, Any]:
+    """What every manifest takes over from its parent's, with its own files and today's software."""
+    return {
+        "parent": parent.version,
+        "architecture": parent.architecture,
+        "embed_dim": parent.embed_dim,
+        "context_length": parent.context_length,
+        "logit_scale": parent.logit_scale,
+        "logit_bias": parent.logit_bias,
+        "files": {name: record.model_dump() for name, record in files.items()},
+        "software": software_versions(),
+    }
+
+
+def stage_candidate(candidate: Candidate, delta_path: Path, *, name: str | None = None) -> tuple[Path, float]:
     """Fill a staging directory, manifest.json apart.
+
+    Args:
+        name: of the staging directory; by default the batch's id.
 
     Returns:
         The directory, and ‖θ − θ₀‖_F: how far the weights are from version 0 now.
     """
     store, parent_dir = candidate.store, candidate.store.path(candidate.parent.version)
-    staging = store.stage(candidate.batch.id, like=candidate.parent.version)
+    staging = store.stage(name or candidate.batch.id, like=candidate.parent.version)
     shutil.copyfile(delta_path, staging / DELTA_NAME)
     write_folded(staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
+    return staging, write_beside_weights(staging, store, candidate.parent, candidate.classes)
+
+
+def write_beside_weights(
+    staging: Path, store: VersionStore, parent: Manifest, classes: tuple[ClassEntry, ...]
+) -> float:
+    """Class list, embeddings and reference outputs of the weights that lie in a staging directory.
+
+    Returns:
+        ‖θ − θ₀‖_F: how far the weights are from version 0 now.
+    """
     drift = distance(read_weights(staging / WEIGHTS_NAME), read_weights(store.path(0) / WEIGHTS_NAME))
     # From the file, not from memory: what torch says here is what every client must find.
-    clip = load_version(
-        staging / OPEN_CLIP_CONFIG_NAME, staging / WEIGHTS_NAME, candidate.parent.architecture
-    )
-    write_class_list(staging, clip, candidate.classes)
+    clip = load_version(staging / OPEN_CLIP_CONFIG_NAME, staging / WEIGHTS_NAME, parent.architecture)
+    write_class_list(staging, clip, classes)
     write_reference(staging, clip)
-    return staging, drift
+    return drift
 
 
 def distance(one: dict[str, Array], other: dict[str, Array]) -> float:

@@ -65,6 +65,7 @@ def snapshot(home: Path) -> dict[str, Any]:
     content: dict[str, Any] = {"home": str(home), "daemon": pid, "state": said.get("state", "stopped")}
     content |= live_version(store)
     content["working"] = said.get("working")
+    content["revising"] = said.get("revising")
     content["batches"] = {
         state: spool.ids(state) for state in ("incoming", "queued", "work", "held", "failed")
     } | {"done": len(spool.ids("done"))}
@@ -118,3 +119,17 @@ def free_bytes(path: Path) -> int:
     """Free space that an unprivileged process may use on the file system of `path`."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
+
+
+def check_space(home: Path, needed: int, what: str, *, waits: str = "") -> None:
+    """Refuse to start what cannot be finished.
+
+    Raises:
+        StoreError: the disk has less free space than is needed, in bytes.
+    """
+    free = free_bytes(home)
+    if free < needed:
+        raise StoreError(
+            f"the disk is too full to {what}: {needed:,} bytes are needed, {free:,} are free.{waits} "
+            "Free some space."
+        )

@@ -1,4 +1,5 @@
-"""The worker: a child process that learns one batch, or founds a version store, and then ends.
+"""The worker: a child process that does one piece of long work and then ends: learn a batch, found a version
+store, make a version with or without one batch, or rebuild one.
 
 The only way into torch from the daemon. It can be killed or run out of memory without touching the daemon,
 and it dies with its parent. What it says goes to stdout as JSON lines (`daemon.supervisor` reads them); what
@@ -6,6 +7,8 @@ it leaves is in the batch's directory and in the store's staging directory.
 
     python -m daemon.worker init  --home HOME --model bundled|ARCH [--pretrained TAG|FILE] [--classes FILE]
     python -m daemon.worker adapt --home HOME [--config FILE] --batch ID --parent N
+    python -m daemon.worker promote|revert --home HOME [--config FILE] --batch ID --parent N
+    python -m daemon.worker rebuild --home HOME --version N
 """
 
 import argparse
@@ -25,6 +28,7 @@ from daemon.status import describe, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 
 LOCK_NAME = "worker.lock"
+REBUILD_LOCK_NAME = "rebuild.lock"  # a rebuild needs little memory and goes on beside the others
 _PR_SET_PDEATHSIG = 1
 _LOCK_WAIT_SECONDS = 60
 
@@ -47,8 +51,12 @@ class Outlet:
         """Say what is being done now."""
         self.say("phase", phase=name)
 
+    def tensors(self, done: int, count: int) -> None:
+        """Report how many tensors of a fold are done."""
+        self.step(step=done + 1, steps=count)
+
     def step(self, **fields: Any) -> None:
-        """Report a training step, at most ten a second and always the last."""
+        """Report a step of what is counted in steps, at most ten a second and always the last."""
         now = time.monotonic()
         if now - self._last_step >= 0.1 or fields["step"] == fields["steps"]:
             self._last_step = now
@@ -73,8 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _die_with_parent(options.parent_pid)
     outlet, stop = Outlet(), StopFlag()
     try:
-        with _alone(options.home):
-            code = _run(options, outlet, stop)
+        if options.command == "rebuild":
+            with _alone(options.home, REBUILD_LOCK_NAME):
+                code = _rebuild(options, outlet)
+        else:
+            with _alone(options.home, LOCK_NAME):
+                code = _run(options, outlet, stop)
     except ModuleNotFoundError as error:
         why = f"{error.name} is not installed; pip install 'dynlora[daemon]'"
         outlet.say("error", message=why, retry=True, fault="home")
@@ -100,6 +112,9 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
             from daemon.founding import found_store
 
             found_store(options.home, options.model, options.pretrained, options.classes, outlet=outlet)
+        elif options.command in ("promote", "revert"):
+            _revise(options, outlet)
+            return EXIT_DONE
         else:
             from daemon.adaptation import adapt_batch
             from daemon.config import load_config
@@ -122,6 +137,31 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
     return EXIT_DONE
 
 
+def _revise(options: argparse.Namespace, outlet: Outlet) -> None:
+    from daemon.config import load_config
+    from daemon.revising import revise
+
+    config = load_config(options.config, options.home)
+    report = revise(options.home, options.command, options.batch, options.parent, config, outlet=outlet)
+    outlet.say("result", report=report.model_dump(mode="json"))
+
+
+def _rebuild(options: argparse.Namespace, outlet: Outlet) -> int:
+    """Needs no torch, and loads none."""
+    from deploy.errors import DeployError
+    from deploy.rebuild import stage_rebuild
+    from deploy.store import VersionStore
+
+    outlet.phase("fold")
+    try:
+        files = stage_rebuild(VersionStore(options.home / "serving"), options.version, told=outlet.tensors)
+    except DeployError as error:
+        outlet.say("error", message=str(error))
+        return EXIT_FAILED
+    outlet.say("result", files=files)
+    return EXIT_DONE
+
+
 def _blame(outlet: Outlet, error: Exception, why: str, *, retry: bool) -> None:
     """Say what went wrong; no batch is to blame for a disk that is full."""
     if is_full_disk(error):
@@ -139,11 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--model", default="bundled")
     init.add_argument("--pretrained")
     init.add_argument("--classes", type=Path)
-    adapt = commands.add_parser("adapt")
-    adapt.add_argument("--home", type=Path, required=True)
-    adapt.add_argument("--config", type=lambda text: Path(text) if text else None)
-    adapt.add_argument("--batch", required=True)
-    adapt.add_argument("--parent", type=int, required=True)
+    for name in ("adapt", "promote", "revert"):
+        of_batch = commands.add_parser(name)
+        of_batch.add_argument("--home", type=Path, required=True)
+        of_batch.add_argument("--config", type=lambda text: Path(text) if text else None)
+        of_batch.add_argument("--batch", required=True)
+        of_batch.add_argument("--parent", type=int, required=True)
+    rebuild = commands.add_parser("rebuild")
+    rebuild.add_argument("--home", type=Path, required=True)
+    rebuild.add_argument("--version", type=int, required=True)
     return parser
 
 
@@ -156,9 +200,9 @@ def _die_with_parent(parent_pid: int) -> None:
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[None]:
+def _alone(home: Path, name: str) -> Iterator[None]:
     """Hold the worker lock: a successor waits until its predecessor is really gone."""
-    with (home / LOCK_NAME).open("ab") as lock:
+    with (home / name).open("ab") as lock:
         deadline = time.monotonic() + _LOCK_WAIT_SECONDS
         while True:
             try:

@@ -12,7 +12,7 @@ A factor names a state-dict key and a range of rows: q, k and v are rows of attn
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,8 +192,17 @@ def fold(
     }
 
 
-def write_folded(path: Path, tensors: Mapping[str, Array], deltas: Sequence[Delta]) -> FileRecord:
+def write_folded(
+    path: Path,
+    tensors: Mapping[str, Array],
+    deltas: Sequence[Delta],
+    *,
+    told: Callable[[int, int], None] | None = None,
+) -> FileRecord:
     """Write the folded weights durably; same bytes as ``write_weights(path, fold(tensors, deltas))``.
+
+    Args:
+        told: called before each tensor with the number of those done and of all there are.
 
     Raises:
         DeltaError: a delta does not fit the weights, or the result is not finite.
@@ -201,7 +210,16 @@ def write_folded(path: Path, tensors: Mapping[str, Array], deltas: Sequence[Delt
     """
     for delta in deltas:
         check_delta(tensors, delta)
-    return write_weights(path, tensors, prepare=lambda name, tensor: fold_tensor(name, tensor, deltas))
+    done = 0
+
+    def prepare(name: str, tensor: Array) -> Array:
+        nonlocal done
+        if told is not None:
+            told(done, len(tensors))
+        done += 1
+        return fold_tensor(name, tensor, deltas)
+
+    return write_weights(path, tensors, prepare=prepare)
 
 
 def fold_tensor(

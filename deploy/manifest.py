@@ -128,7 +128,7 @@ class Manifest(_Model):
             raise ValueError("an initial version has no parent, and every other kind has one")
         if self.parent is not None and self.parent >= self.version:
             raise ValueError(f"parent {self.parent} must be older than version {self.version}")
-        if self.kind in ("update", "promote") and self.batch is None:
+        if self.kind in ("update", "promote", "revert") and self.batch is None:
             raise ValueError(f"a version of kind {self.kind!r} names its batch")
         batches = [entry.batch for entry in self.lineage]
         if len(set(batches)) != len(batches):

@@ -31,12 +31,26 @@ def prune_version(directory: Path) -> bool:
     Raises:
         OSError: a file cannot be removed; what was begun is finished by the next call.
     """
-    extra = [path for path in directory.iterdir() if path.name not in KEPT_WHEN_PRUNED]
-    if not extra:
+    return _remove(directory, [path for path in directory.iterdir() if path.name not in KEPT_WHEN_PRUNED])
+
+
+def thin_version(directory: Path) -> bool:
+    """Remove a version's weights and nothing else; as prune_version."""
+    return _remove(directory, [path for path in (directory / WEIGHTS_NAME,) if path.exists()])
+
+
+def is_open(directory: Path) -> bool:
+    """Tell whether a client has the version open."""
+    with _exclusive(directory / MANIFEST_NAME) as is_free:
+        return not is_free
+
+
+def _remove(directory: Path, doomed: list[Path]) -> bool:
+    if not doomed:
         return False
     with _exclusive(directory / MANIFEST_NAME) as is_free:
         # Without its weights a version is not full: so they go first, and a crash leaves no doubt.
-        for path in sorted(extra, key=lambda path: path.name != WEIGHTS_NAME) if is_free else ():
+        for path in sorted(doomed, key=lambda path: path.name != WEIGHTS_NAME) if is_free else ():
             path.unlink()
         atomic.fsync_dir(directory)
     return is_free

@@ -35,6 +35,7 @@ from deploy.manifest import (
     save_manifest,
 )
 from deploy.prune import prune_version
+from deploy.space import prunable
 from deploy.store_reader import CURRENT_NAME, PIN_NAME, VERSIONS_NAME, Pin, StoreReader
 from deploy.succession import check_succession
 from deploy.verify import check_files, check_graphs, graph_hashes
@@ -66,12 +67,16 @@ class VersionStore(StoreReader):
             like: a version whose graphs, tokenizer and preprocessing the new one shares; they are
                 copied in (links are refused by ONNX Runtime and onnx).
         """
-        staging = self.versions_dir / f"{STAGING_PREFIX}{name}"
+        staging = self.staging_dir(name)
         atomic.remove_tree(staging)
         atomic.make_dir(staging)
         for carried in CARRIED_NAMES if like is not None else ():
             shutil.copyfile(self.path(like or 0) / carried, staging / carried)
         return staging
+
+    def staging_dir(self, name: str) -> Path:
+        """Return where stage() puts what has this name, whether it is there or not."""
+        return self.versions_dir / f"{STAGING_PREFIX}{name}"
 
     def publish(self, staging: Path, manifest: Manifest) -> int:
         """Make a staged directory the live version.
@@ -168,26 +173,14 @@ class VersionStore(StoreReader):
     def prune(self, keep_full: int) -> list[int]:
         """Free the disk of old versions' large files, and return the versions that were pruned.
 
-        Kept whole: the newest ``keep_full`` versions, the live one, its parent, a pinned one, those of
-        kind initial (all weights are folded from them), and whatever a client has open. A pruned
-        version keeps what deploy.prune names.
+        Which ones is decided by deploy.space, what a pruned version keeps by deploy.prune.
 
         Raises:
             StoreError: ``keep_full`` is below 1, or the store has no live version.
         """
-        if keep_full < 1:
-            raise StoreError(f"keep_full must be at least 1, found {keep_full}: the live version stays whole")
-        live, pin = self.live_manifest(), self.pin()
-        stay = {live.version, live.parent, pin.version if pin else None, *self.full_versions()[-keep_full:]}
-        pruned = []
-        for version in self.versions():
-            if (
-                version not in stay
-                and self.manifest(version).kind != "initial"
-                and prune_version(self.path(version))
-            ):
-                pruned.append(version)
-                _log.info("pruned version %d", version)
+        pruned = [version for version in prunable(self, keep_full) if prune_version(self.path(version))]
+        for version in pruned:
+            _log.info("pruned version %d", version)
         return pruned
 
     # How it is done
@@ -272,7 +265,8 @@ class VersionStore(StoreReader):
         self.manifest(version)
         if not self.is_full(version):
             raise StoreError(
-                f"version {version} cannot be served: some of its files were pruned or are damaged. "
+                f"version {version} cannot be served: some of its files were pruned or are damaged; "
+                f"`dynlora rebuild {version}` makes it whole where that can be done. "
                 f"Versions that can: {self._full_list()}"
             )
 

@@ -34,10 +34,28 @@ def check_succession(
             "build it again on the live one"
         )
     if live is not None and manifest.kind in ("update", "promote"):
-        _check_lineage(manifest, live)
+        _check_appended(manifest, live)
+    elif live is not None and manifest.kind == "revert":
+        _check_taken_out(manifest, live)
 
 
-def _check_lineage(manifest: Manifest, live: Manifest) -> None:
+def _check_taken_out(manifest: Manifest, live: Manifest) -> None:
+    """A revert's lineage is the live version's without the batch it names."""
+    batch = manifest.batch.id if manifest.batch else None
+    if batch not in {entry.batch for entry in live.lineage}:
+        raise StoreError(f"{batch} is not in the lineage of version {live.version}; it cannot be reverted")
+    expected = tuple(entry for entry in live.lineage if entry.batch != batch)
+    if manifest.lineage != expected:
+        raise StoreError(
+            f"the lineage must be version {live.version}'s without {batch}; "
+            f"expected {[entry.batch for entry in expected]}, "
+            f"found {[entry.batch for entry in manifest.lineage]}"
+        )
+    if DELTA_NAME in manifest.files:
+        raise StoreError(f"a version of kind 'revert' adds no delta, but lists {DELTA_NAME}")
+
+
+def _check_appended(manifest: Manifest, live: Manifest) -> None:
     """An update's lineage is the live version's and its own delta."""
     delta, batch = manifest.files.get(DELTA_NAME), manifest.batch
     if delta is None or batch is None:

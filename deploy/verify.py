@@ -116,7 +116,7 @@ def check_files(directory: Path, expected: Mapping[str, FileRecord]) -> None:
     found = {path.name: path for path in directory.iterdir() if path.name != MANIFEST_NAME}
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
-            hint = " (pruned to save space? then only its record is left)" if name == WEIGHTS_NAME else ""
+            hint = " (thinned? `dynlora rebuild` brings it back)" if name == WEIGHTS_NAME else ""
             raise VerifyError(f"{directory / name} is missing: the manifest lists it{hint}")
         if name not in expected:
             raise VerifyError(f"{found[name]} is not in the manifest; a version holds listed files only")

@@ -124,3 +124,19 @@ def test_a_task_holds_the_pixels_of_its_images_in_order(examiner, version_dir, t
     images = [Image.open(tmp_path / "work" / f"images/cat/{index}.png") for index in range(3)]
     assert np.array_equal(task.pixels.numpy(), preprocessing(images[:2]))
     assert np.array_equal(task.tune_pixels.numpy(), preprocessing(images[2:]))
+
+
+def test_exams_of_batches_that_were_taken_out_count_for_nothing(examiner, version_dir, tmp_path):
+    """Of what is left each version is asked among the names it is given; a right name left out is wrong."""
+    examiner()
+    cats = [entry for entry in load_classes(version_dir).classes if entry.key == "cat"]
+    without = frozenset({"000002-cat"})
+    own = Examiner(tmp_path, None, tmp_path, cats, threads=1, without=without)
+    others = [entry for entry in load_classes(version_dir).classes if entry.key != "cat"]
+
+    before, after = own.grade(version_dir, others), own.grade(version_dir)
+
+    [exam] = own.compare(before, after)
+    assert (exam.batch, exam.images) == ("000001-cat", 2)
+    assert (exam.correct_before, exam.correct_after, exam.gained) == (0, 2, 2)
+    assert before.cosines_with(after)["mean_text_cosine"] is None

@@ -67,9 +67,9 @@ class Home:
                 cwd=ROOT, stdout=log, stderr=log, env=environment(), start_new_session=True,
             )  # fmt: skip
 
-    def finish(self):
+    def finish(self, timeout=200):
         """Run to the end of the queue and expect success."""
-        done = self.dynlora("run", "--once", "--json", timeout=200)
+        done = self.dynlora("run", "--once", "--json", timeout=timeout)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

@@ -49,8 +49,11 @@ def test_a_folder_copied_into_the_inbox_of_a_running_daemon_is_seen_by_a_client(
     assert daemon.returncode == 0
 
 
-def test_a_batch_that_gains_too_little_is_held_with_exit_code_3(e2e_home):
-    """Two steps teach nothing: held with delta and report, the live version stays, no number is used."""
+def test_a_batch_that_gains_too_little_is_held_with_exit_code_3_until_it_is_promoted(e2e_home):
+    """Two steps teach nothing: held with delta and report, the live version stays, no number is used.
+
+    An operator may publish it all the same: its exams are graded again, and who and why is on record.
+    """
     e2e_home.configure(steps=2, min_gain=0.6, exam=0.5)
     e2e_home.submit("tomato", "carrot", "zucchini", "yoghurt")  # little known: there is room to gain
     done = e2e_home.dynlora("run", "--once", "--json", timeout=200)
@@ -61,6 +64,15 @@ def test_a_batch_that_gains_too_little_is_held_with_exit_code_3(e2e_home):
     assert "expected at least +60.0%" in outcome["why"]
     assert e2e_home.store.versions() == [0]
     assert (e2e_home.spool.path(batch_id) / "result" / "delta.safetensors").is_file()
+
+    promoted = e2e_home.dynlora("promote", batch_id, "--why", "needed today", "--json")
+    assert promoted.returncode == 0, promoted.stderr
+    answer = json.loads(promoted.stdout)
+    assert (answer["version"], answer["exams"][0]["batch"]) == (1, batch_id)
+    manifest = e2e_home.store.live_manifest()
+    assert (manifest.version, manifest.kind, e2e_home.spool.find(batch_id)) == (1, "promote", "done")
+    assert manifest.decision.rules[-1].detail.endswith("decided: needed today")
+    assert e2e_home.dynlora("verify").returncode == 0
 
 
 def test_init_says_what_is_wrong_with_a_model_name(e2e_home, tmp_path):

@@ -1,0 +1,166 @@
+"""A version without one of its batches, or with one that was held: staged, graded, reported. Worker only.
+
+    revert     W0 → fold of the lineage without the batch → stage → verify → exam
+    promote    live weights → the held delta on top → stage → verify → exam
+
+The weights come from the one fold; torch only computes what lies beside them (class embeddings, and the
+reference outputs that parity is checked against: computed by ONNX Runtime they would prove nothing).
+Nothing outside the store's staging directory is written. The decision to publish is not made here.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daemon.adaptation import Stopwatch, union_of_classes
+from daemon.batch import read_batch
+from daemon.config import Config
+from daemon.errors import WorkerError
+from daemon.examine import Examiner, Grades
+from daemon.report import RESULT_DIR, Report, load_report, metrics_of, staging_name
+from daemon.spool import Spool
+from daemon.staging import Candidate, inherited, stage_candidate, write_beside_weights
+from daemon.worker import Outlet
+from deploy.delta import load_delta
+from deploy.lineage import (
+    batch_infos,
+    classes_without,
+    fold_lineage,
+    lineage_without,
+    reverted_batches,
+)
+from deploy.manifest import (
+    DELTA_NAME,
+    WEIGHTS_NAME,
+    ClassEntry,
+    Manifest,
+    file_record,
+    load_classes,
+    save_manifest,
+)
+from deploy.store import VersionStore
+from deploy.verify import graph_hashes, verify_staged
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What both start from."""
+
+    home: Path
+    batch_id: str
+    store: VersionStore
+    parent: Manifest
+    config: Config
+    watch: Stopwatch
+
+    @property
+    def parent_dir(self) -> Path:
+        """The live version's directory."""
+        return self.store.path(self.parent.version)
+
+    @property
+    def parent_classes(self) -> tuple[ClassEntry, ...]:
+        """The live version's classes."""
+        return load_classes(self.parent_dir).classes
+
+    @property
+    def threads(self) -> int:
+        """Of ONNX Runtime."""
+        return self.config.learning.threads or len(os.sched_getaffinity(0))
+
+
+def revise(home: Path, command: str, batch_id: str, parent: int, config: Config, *, outlet: Outlet) -> Report:
+    """Stage the live version `parent` without the batch (command revert), or with it (promote).
+
+    Raises:
+        DeployError, DaemonError: a version, a delta or the batch cannot be used; says which and what to do.
+    """
+    store = VersionStore(home / "serving")
+    ground = Ground(home, batch_id, store, store.manifest(parent), config, Stopwatch(outlet))
+    return _promote(ground) if command == "promote" else _revert(ground, outlet)
+
+
+def _revert(ground: Ground, outlet: Outlet) -> Report:
+    store, parent, watch = ground.store, ground.parent, ground.watch
+    lineage = lineage_without(parent, ground.batch_id)
+    infos = batch_infos(store, parent.lineage)
+    classes = classes_without(store, parent, ground.batch_id)
+    without = frozenset({ground.batch_id, *reverted_batches(store)})
+    # Each version among its own names, as clients ask it: the name that goes did harm too.
+    examiner = Examiner(ground.home, None, ground.home, classes, threads=ground.threads, without=without)
+    with watch.stage("score"):
+        before = examiner.grade(ground.parent_dir, ground.parent_classes)
+    with watch.stage("fold"):
+        staging = store.stage(staging_name("revert", ground.batch_id), like=parent.version)
+        fold_lineage(store, parent.version, lineage, staging / WEIGHTS_NAME, told=outlet.tensors)
+        drift = write_beside_weights(staging, store, parent, classes)
+    draft = {
+        "kind": "revert",
+        "batch": infos[ground.batch_id].model_dump(),
+        "lineage": [entry.model_dump() for entry in lineage],
+        "drift_norm": drift,
+    }
+    return _finish(ground, staging, draft, examiner, before)
+
+
+def _promote(ground: Ground) -> Report:
+    store, parent, watch = ground.store, ground.parent, ground.watch
+    held_dir = Spool(ground.home).state_dir("held") / ground.batch_id
+    batch, held = read_batch(held_dir), load_report(held_dir / RESULT_DIR)
+    delta_path = held_dir / RESULT_DIR / DELTA_NAME
+    record = file_record(delta_path) if delta_path.is_file() else None
+    expected = held.manifest["lineage"][-1]["delta_sha256"]
+    if record is None or record.sha256 != expected:
+        found = record.sha256 if record else "no file"
+        raise WorkerError(
+            f"{delta_path} is not what the report records: expected sha256 {expected}, found {found}; "
+            "drop the images again"
+        )
+    classes = union_of_classes(ground.parent_classes, batch)
+    examiner = Examiner(
+        ground.home,
+        batch if batch.forgotten is None else None,
+        held_dir,
+        classes,
+        threads=ground.threads,
+        without=frozenset(reverted_batches(store)),
+    )
+    with watch.stage("score"):
+        before = examiner.grade(ground.parent_dir)
+    with watch.stage("fold"):
+        delta = load_delta(delta_path)
+        candidate = Candidate(store, parent, batch, delta, record, classes)
+        staging, drift = stage_candidate(candidate, delta_path, name=staging_name("promote", ground.batch_id))
+    draft = candidate.manifest_draft({}) | {
+        "kind": "promote",
+        "method": held.manifest.get("method"),
+        "ranks": held.manifest.get("ranks"),
+        "delta_norm": delta.norm,
+        "drift_norm": drift,
+    }
+    return _finish(ground, staging, draft, examiner, before)
+
+
+def _finish(
+    ground: Ground, staging: Path, draft: dict[str, Any], examiner: Examiner, before: Grades
+) -> Report:
+    """Verify and grade what was staged."""
+    parent, watch = ground.parent, ground.watch
+    with watch.stage("verify"):
+        checked = verify_staged(staging, embed_dim=parent.embed_dim, parent_graphs=graph_hashes(parent.files))
+    draft |= inherited(parent, checked.files)
+    with watch.stage("exam"):
+        # Provisional, so that the candidate can be loaded as clients will; publishing writes the final one.
+        save_manifest(staging, Manifest.model_validate(draft | {"version": ground.store.next_version()}))
+        after = examiner.grade(staging)
+    exams = examiner.compare(before, after)
+    draft["metrics"] = metrics_of(exams, before.cosines_with(after)) | {"parity": checked.parity}
+    return Report(
+        batch=ground.batch_id,
+        parent=parent.version,
+        manifest=draft,
+        exams=tuple(exams),
+        warnings=tuple(examiner.warnings),
+        seconds=watch.seconds,
+    )
