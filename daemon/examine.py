@@ -129,18 +129,26 @@ class Examiner:
                 self.sheets.append(Sheet(exam.batch, files, tuple(rows[i.class_key] for i in known)))
 
     def grade(self, version_dir: Path) -> Grades:
-        """Ask one version everything. It need not be published, but be complete, manifest.json included.
+        """Load one version and ask it everything; see ``ask``.
 
         Raises:
             VerifyError: the version cannot be loaded.
+            BatchError, WorkerError: as ``ask``.
+        """
+        with LoadedVersion(version_dir, threads=self.threads) as version:
+            return self.ask(version)
+
+    def ask(self, version: LoadedVersion) -> Grades:
+        """Ask one version everything. It need not be published, but be complete, manifest.json included.
+
+        Raises:
             BatchError: an image of the batch's own exam cannot be read.
             WorkerError: an image of an older exam can no longer be read; the next attempt leaves it out.
         """
-        with LoadedVersion(version_dir, threads=self.threads) as version:
-            names = version.embed_classes(
-                [entry.name for entry in self.classes], [entry.template for entry in self.classes]
-            )
-            graded = [self._embed(version, sheet) for sheet in self.sheets]
+        names = version.embed_classes(
+            [entry.name for entry in self.classes], [entry.template for entry in self.classes]
+        )
+        graded = [self._embed(version, sheet) for sheet in self.sheets]
         self.sheets = [sheet for sheet, _ in graded if sheet.files or sheet.batch == self.batch.id]
         self._is_settled = True
         embeddings = {sheet.batch: rows for sheet, rows in graded if sheet in self.sheets}

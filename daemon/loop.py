@@ -62,10 +62,13 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
 
     with HomeLock(home), capturing() as signals:
         wake = threading.Event()
-        service = Service(home, config, view=view, launch=Launch(config_path=config_path, wake=wake.set))
+        launch = Launch(
+            config_path=config_path, wake=wake.set, keeps_standby=config.learning.standby and not once
+        )
+        service = Service(home, config, view=view, launch=launch)
         service.reception.should_stop = lambda: signals.name is not None
         service.start()
-        with Watcher(config.inbox_dir(home), service.reception.wake):
+        with Watcher(config.inbox_dir(home), service.reception.wake, wake):
             try:
                 while signals.name is None:
                     is_busy = service.tick(time.time())

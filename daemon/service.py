@@ -94,7 +94,10 @@ class Service:
 
     def _learn(self, now: float) -> bool:
         self._lifecycle.observe(now)
-        return self._lifecycle.advance(now)
+        is_busy = self._lifecycle.advance(now)
+        if not is_busy:
+            self._lifecycle.stand_by(now)
+        return is_busy
 
     def _explain(self, error: Exception) -> str:
         """A sentence for people; the system's own about a full disk names no file and nothing to do."""
@@ -133,6 +136,7 @@ class Service:
     def stop(self, should_force: Callable[[], bool] = lambda: False) -> None:
         """Stop in order: the worker first (it checkpoints), then the status. Batches stay where they are."""
         self._view.clear()
+        self._lifecycle.dismiss_standby()
         if (working := self._lifecycle.working) is not None:
             logs.log(
                 "stopping", what="worker", batch=working["batch"], wait=self._config.learning.stop_seconds

@@ -6,6 +6,7 @@ Runs in the worker only: torch computes the reference outputs that clients check
 import math
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from daemon.founding import software_versions, write_class_list, write_reference
 from deploy.delta import Delta, write_folded
 from deploy.manifest import (
     DELTA_NAME,
-    OPEN_CLIP_CONFIG_NAME,
     WEIGHTS_NAME,
     ClassEntry,
     FileRecord,
@@ -25,7 +25,9 @@ from deploy.manifest import (
 )
 from deploy.store import VersionStore
 from deploy.weights import Array, read_weights
-from dynlora.clip import load_version
+from dynlora.clip import Clip, reload_weights
+
+_BLOCK_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -64,28 +66,56 @@ class Candidate:
         }
 
 
-def stage_candidate(candidate: Candidate, delta_path: Path) -> tuple[Path, float]:
+@dataclass(frozen=True)
+class Staged:
+    """A filled staging directory, manifest.json apart.
+
+    Attributes:
+        weights: record of weights.safetensors, hashed while it was written.
+        drift: ‖θ − θ₀‖_F, how far the weights are from version 0 now.
+    """
+
+    directory: Path
+    weights: FileRecord
+    drift: float
+
+
+def stage_candidate(candidate: Candidate, delta_path: Path, clip: Clip) -> Staged:
     """Fill a staging directory, manifest.json apart.
 
-    Returns:
-        The directory, and ‖θ − θ₀‖_F: how far the weights are from version 0 now.
+    Args:
+        clip: the parent as it is in memory; it has the new weights afterwards.
+
+    Raises:
+        ModelError: the file that was written cannot be loaded.
     """
     store, parent_dir = candidate.store, candidate.store.path(candidate.parent.version)
     staging = store.stage(candidate.batch.id, like=candidate.parent.version)
     shutil.copyfile(delta_path, staging / DELTA_NAME)
-    write_folded(staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
-    drift = distance(read_weights(staging / WEIGHTS_NAME), read_weights(store.path(0) / WEIGHTS_NAME))
-    # From the file, not from memory: what torch says here is what every client must find.
-    clip = load_version(
-        staging / OPEN_CLIP_CONFIG_NAME, staging / WEIGHTS_NAME, candidate.parent.architecture
-    )
-    write_class_list(staging, clip, candidate.classes)
-    write_reference(staging, clip)
-    return staging, drift
+    weights = write_folded(staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
+    # The drift is read from the files too, beside torch's work.
+    with ThreadPoolExecutor(1, thread_name_prefix="drift") as beside:
+        drift = beside.submit(
+            distance, read_weights(staging / WEIGHTS_NAME), read_weights(store.path(0) / WEIGHTS_NAME)
+        )
+        # From the file, not from memory: what torch says here is what every client must find.
+        reload_weights(clip, staging / WEIGHTS_NAME)
+        write_class_list(staging, clip, candidate.classes)
+        write_reference(staging, clip)
+        return Staged(staging, weights, drift.result())
 
 
 def distance(one: dict[str, Array], other: dict[str, Array]) -> float:
     """Frobenius norm of the difference over all tensors, summed in float64."""
-    return math.sqrt(
-        sum(float(np.square(one[key].astype(np.float64) - other[key]).sum()) for key in sorted(one))
-    )
+    return math.sqrt(sum(_squared_distance(one[key], other[key]) for key in sorted(one)))
+
+
+def _squared_distance(one: Array, other: Array) -> float:
+    """By blocks that stay in the cache."""
+    first, second, total = one.reshape(-1), other.reshape(-1), 0.0
+    for begin in range(0, first.size, _BLOCK_ELEMENTS):
+        part = slice(begin, begin + _BLOCK_ELEMENTS)
+        if not np.array_equal(first[part], second[part]):
+            difference = np.subtract(first[part], second[part], dtype=np.float64)
+            total += float(difference @ difference)
+    return total

@@ -203,11 +203,12 @@ def save_classes(directory: Path, classes: ClassesFile) -> None:
 
 def file_record(path: Path) -> FileRecord:
     """Read a file and return its sha256 and size."""
-    with path.open("rb") as file:
-        return record_of(iter(lambda: file.read(_BLOCK_BYTES), b""))
+    block = memoryview(bytearray(_BLOCK_BYTES))  # one block for all: fresh ones would cost as much as hashing
+    with path.open("rb", buffering=0) as file:
+        return record_of(block[:count] for count in iter(lambda: file.readinto(block), 0))
 
 
-def record_of(pieces: Iterable[bytes]) -> FileRecord:
+def record_of(pieces: Iterable[bytes | memoryview]) -> FileRecord:
     """Return the sha256 and size of the pieces put together."""
     digest, size = hashlib.sha256(), 0
     for piece in pieces:
