@@ -25,6 +25,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.background import BackgroundThread, return_memory
 from deploy.errors import ClientError, DeployError
 from deploy.preprocess import ImageSource
 from deploy.runtime import DEFAULT_TOP, LoadedVersion, Prediction
@@ -90,7 +91,8 @@ class Client:
     Args:
         serving_dir: the store: the directory that holds `current` and `versions`.
         poll_seconds: how often to look at `current`.
-        threads: ONNX Runtime threads per tower; by default the CPUs this process may run on.
+        threads: ONNX Runtime threads per tower; by default the CPUs this process may use: those of its
+            cpuset, or fewer where a container's quota is smaller.
         on_event: called with each ClientEvent, from the background thread (once from the constructor).
 
     Raises:
@@ -119,7 +121,12 @@ class Client:
         self._loading = threading.Lock()  # held by whoever loads: a version is never loaded twice at a time
         self._wake = threading.Event()
         self._is_closed = False
-        self._live = self._load_first()
+        self._background = BackgroundThread("dynlora-load")
+        try:
+            self._live = self._load_first()
+        except BaseException:
+            self._background.stop()
+            raise
         self._deliver_events()
         self._thread = threading.Thread(
             target=self._follow, args=(poll_seconds,), name="dynlora-client", daemon=True
@@ -218,6 +225,7 @@ class Client:
         with self._loading:
             self._release_retired()
             self._live.loaded.close()
+        self._background.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -231,7 +239,7 @@ class Client:
         for attempt in range(1, _FIRST_LOAD_ATTEMPTS + 1):
             target = resolve_current(self._serving_dir)
             try:
-                return self._load(target, remembered_labels=())
+                return self._load(target, before=None)
             except (DeployError, OSError):
                 if attempt == _FIRST_LOAD_ATTEMPTS or resolve_current(self._serving_dir) == target:
                     raise
@@ -266,17 +274,24 @@ class Client:
             state = (target, state_of(target.directory))
             if self._failure and self._failure.covers(state, time.monotonic()):
                 return
-            self._switch(self._load(target, remembered_labels=self._live.loaded.remembered_labels()))
+            self._switch(self._load(target, before=self._live.loaded))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the new one, the old one answers
             self._reject(error, target, state or str(error))
 
-    def _load(self, target: Target, *, remembered_labels: Sequence[str]) -> _Slot:
-        """Load, check and warm a version; nobody waits for it but the first time."""
+    def _load(self, target: Target, *, before: LoadedVersion | None) -> _Slot:
+        """Load, check and warm a version; nobody waits for it but the first time.
+
+        Args:
+            before: the version that answers now; what it was asked lately is what is warmed up.
+        """
         started = time.monotonic()
-        loaded = LoadedVersion(target.directory, threads=self._threads)
+        aside = self._background.run
+        loaded = LoadedVersion(target.directory, threads=self._threads, aside=aside)
         try:
-            parity = loaded.check_parity()
-            loaded.warm_up(labels=remembered_labels)
+            parity = aside(loaded.check_parity)
+            sizes = before.remembered_batch_sizes() if before else ()
+            labels = before.remembered_labels() if before else ()
+            aside(lambda: loaded.warm_up({1, *sizes}, labels))
         except BaseException:
             loaded.close()
             raise
@@ -297,6 +312,7 @@ class Client:
         for slot in idle:
             started = time.monotonic()
             slot.loaded.close()
+            self._background.run(return_memory)  # or the next version would come on top of it
             detail = "its last request is answered"
             seconds = time.monotonic() - started
             self._events.append(ClientEvent("released", slot.loaded.version, detail, seconds))

@@ -8,7 +8,7 @@ the store that this version is in use. All methods may be called from several th
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from deploy.cpus import usable_cpus
 from deploy.errors import ClientError, ImageError, VerifyError
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
@@ -42,8 +43,16 @@ DEFAULT_TOP = 5
 _MAX_BATCH = 32  # rows per run: bounds the memory of one request
 _MAX_REMEMBERED_LABELS = 4096  # at 512 dimensions 8 MB
 
+_MAX_REMEMBERED_SIZES = 4
+_WARM_UP_RUNS = 2  # the first run of a shape plans its memory, the second is the first to use the plan
+
+Aside = Callable[[Callable[[], None]], None]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 @dataclass(frozen=True)
@@ -59,27 +68,28 @@ class LoadedVersion:
 
     Args:
         directory: versions/N of a store.
-        threads: ONNX Runtime threads per tower; by default the CPUs this process may run on.
+        threads: ONNX Runtime threads per tower; by default the CPUs this process may use.
+        aside: runs the checking of the files, for whoever wants it done in a thread of low priority.
 
     Raises:
         VerifyError: a file is missing, damaged, or not what the manifest records.
         ManifestError: manifest.json or classes.json cannot be used.
     """
 
-    def __init__(self, directory: Path, *, threads: int | None = None) -> None:
+    def __init__(self, directory: Path, *, threads: int | None = None, aside: Aside = _at_once) -> None:
         # Resolved once: ONNX Runtime finds the weights beside the graph, and a path through `current`
         # could lead to another version between two opens.
         self.directory = directory.resolve()
         self._lock_descriptor = hold_shared_lock(self.directory / MANIFEST_NAME)
         try:
-            self._load(threads or len(os.sched_getaffinity(0)))
+            self.manifest: Manifest = load_manifest(self.directory)
+            aside(lambda: check_used_files(self.directory, self.manifest))
+            self._load(threads or usable_cpus())
         except BaseException:
             self.close()
             raise
 
     def _load(self, threads: int) -> None:
-        self.manifest: Manifest = load_manifest(self.directory)
-        check_used_files(self.directory, self.manifest)
         check_embeddings(self.directory, embed_dim=self.manifest.embed_dim)
         self.class_embeddings: Float32 = np.load(self.directory / CLASS_EMBEDDINGS_NAME, allow_pickle=False)
         self.class_embeddings.flags.writeable = False
@@ -94,6 +104,7 @@ class LoadedVersion:
         self._text: Any = open_session(self.directory / TEXT_GRAPH_NAME, threads)
         self._label_embeddings: OrderedDict[str, Float32] = OrderedDict()
         self._label_lock = threading.Lock()
+        self._batch_sizes: OrderedDict[int, None] = OrderedDict()
 
     @property
     def version(self) -> int:
@@ -117,6 +128,7 @@ class LoadedVersion:
 
     def encode_pixels(self, pixel_values: Float32) -> Float32:
         """Return L2-normalised embeddings (N, dim) of preprocessed pixels (N, 3, H, W)."""
+        self._remember_size(min(len(pixel_values), _MAX_BATCH))
         return self._run(self._vision, "image_embeds", {"pixel_values": pixel_values})
 
     def encode_images(self, images: Sequence[ImageSource]) -> Float32:
@@ -220,8 +232,21 @@ class LoadedVersion:
         """Do the work that the first requests would wait for: batches of these sizes, these labels."""
         height, width = self.preprocessing.size
         for size in batch_sizes:
-            self.encode_pixels(np.zeros((size, 3, height, width), np.float32))
+            for _ in range(_WARM_UP_RUNS):
+                self.encode_pixels(np.zeros((size, 3, height, width), np.float32))
         self._embed_labels(labels)
+
+    def remembered_batch_sizes(self) -> list[int]:
+        """Return the sizes of the batches of pictures that were asked about lately."""
+        with self._label_lock:
+            return list(self._batch_sizes)
+
+    def _remember_size(self, size: int) -> None:
+        with self._label_lock:
+            self._batch_sizes[size] = None
+            self._batch_sizes.move_to_end(size)
+            while len(self._batch_sizes) > _MAX_REMEMBERED_SIZES:
+                self._batch_sizes.popitem(last=False)
 
     def remembered_labels(self) -> list[str]:
         """Return the labels asked about lately that are not classes of this version."""

@@ -6,7 +6,6 @@ Needs no torch; the structure of the graphs is checked where onnx is installed (
 """
 
 import importlib.util
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from deploy.cpus import usable_cpus
 from deploy.errors import VerifyError, WeightsError
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
@@ -273,7 +273,7 @@ def _check_form(directory: Path, embed_dim: int, parent_graphs: Mapping[str, str
 
 def _run(path: Path, input_name: str, output_name: str, inputs: np.ndarray) -> np.ndarray:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = usable_cpus()
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
