@@ -61,6 +61,7 @@ class Candidate:
             "context_length": parent.context_length,
             "logit_scale": parent.logit_scale,
             "logit_bias": parent.logit_bias,
+            "temperature": parent.temperature,
             "files": {name: record.model_dump() for name, record in files.items()},
             "software": software_versions(),
         }

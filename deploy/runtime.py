@@ -35,12 +35,13 @@ from deploy.manifest import (
 )
 from deploy.opening import check_used_files, hold_shared_lock, open_session, open_tokenizer
 from deploy.preprocess import ImageSource, Preprocessing, decode_image
+from deploy.unknown import BACKGROUND, choose_background, rows_beside, unknown_scores
 from deploy.verify import PARITY_TOLERANCE, check_embeddings
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 DEFAULT_TOP = 5
 
-_MAX_BATCH = 32  # rows per run: bounds the memory of one request
+MAX_BATCH = 32  # rows per run: bounds the memory of one request
 _MAX_REMEMBERED_LABELS = 4096  # at 512 dimensions 8 MB
 
 _MAX_REMEMBERED_SIZES = 4
@@ -105,6 +106,7 @@ class LoadedVersion:
         self._label_embeddings: OrderedDict[str, Float32] = OrderedDict()
         self._label_lock = threading.Lock()
         self._batch_sizes: OrderedDict[int, None] = OrderedDict()
+        self._background: Float32 | None = None
 
     @property
     def version(self) -> int:
@@ -128,7 +130,7 @@ class LoadedVersion:
 
     def encode_pixels(self, pixel_values: Float32) -> Float32:
         """Return L2-normalised embeddings (N, dim) of preprocessed pixels (N, 3, H, W)."""
-        self._remember_size(min(len(pixel_values), _MAX_BATCH))
+        self._remember_size(min(len(pixel_values), MAX_BATCH))
         return self._run(self._vision, "image_embeds", {"pixel_values": pixel_values})
 
     def encode_images(self, images: Sequence[ImageSource]) -> Float32:
@@ -140,8 +142,8 @@ class LoadedVersion:
         """
         _expect_list(images, "pictures")
         embeddings = np.empty((len(images), self.manifest.embed_dim), np.float32)
-        for start in range(0, len(images), _MAX_BATCH):
-            part = range(start, min(start + _MAX_BATCH, len(images)))
+        for start in range(0, len(images), MAX_BATCH):
+            part = range(start, min(start + MAX_BATCH, len(images)))
             decoded = [_decode(images[index], index, len(images)) for index in part]
             embeddings[part.start : part.stop] = self.encode_pixels(self.preprocessing(decoded))
         return embeddings
@@ -187,8 +189,18 @@ class LoadedVersion:
             ClientError: there is nothing to choose from.
             ImageError: a picture cannot be used.
         """
+        return self.rank(self.encode_images(images), labels, top=top)
+
+    def rank(
+        self, image_embeds: Float32, labels: Sequence[str] | None = None, *, top: int = DEFAULT_TOP
+    ) -> list[list[Prediction]]:
+        """Return the best labels of each of N pictures, given their embeddings (N, dim); as ``classify``.
+
+        Raises:
+            ClientError: there is nothing to choose from.
+        """
         names, rows = self._choices(labels)
-        logits = self.manifest.logit_scale * (self.encode_images(images) @ rows.T)
+        logits = self.score_scale * (image_embeds @ rows.T)
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
         order = np.argsort(-scores, axis=1, kind="stable")[:, : max(1, top)]
@@ -196,6 +208,36 @@ class LoadedVersion:
             [Prediction(names[index], float(row[index])) for index in best]
             for best, row in zip(order, scores, strict=True)
         ]
+
+    def unknown(self, image_embeds: Float32, labels: Sequence[str] | None = None) -> list[float]:
+        """Return how unlike all labels each of N pictures (N, dim) is, from 0 to 1; see deploy.unknown.
+
+        Args:
+            labels: as for ``classify``.
+
+        Raises:
+            ClientError: there are no labels.
+        """
+        names, rows = self._choices(labels)
+        beside = self._background_embeddings()[rows_beside([class_key(name) for name in names])]
+        chosen = beside[choose_background(rows, beside)]
+        scale = self.score_scale
+        return unknown_scores(scale * (image_embeds @ rows.T), scale * (image_embeds @ chosen.T))
+
+    @property
+    def score_scale(self) -> float:
+        """What cosines are multiplied by before the softmax: logit_scale, divided by the temperature."""
+        return self.manifest.logit_scale / (self.manifest.temperature or 1.0)
+
+    @property
+    def knows_background(self) -> bool:
+        """Whether unknown scores have been asked for: their background is embedded then."""
+        return self._background is not None
+
+    def _background_embeddings(self) -> Float32:
+        if self._background is None:  # two threads may both embed it, to the same values
+            self._background = self.embed_classes(BACKGROUND, DEFAULT_TEMPLATE)
+        return self._background
 
     def check_parity(self, tolerance: float = PARITY_TOLERANCE) -> float:
         """Return the largest |difference| to torch's outputs in reference.npz, over both towers.
@@ -228,13 +270,21 @@ class LoadedVersion:
                 )
         return parity
 
-    def warm_up(self, batch_sizes: Iterable[int] = (1,), labels: Sequence[str] = ()) -> None:
-        """Do the work that the first requests would wait for: batches of these sizes, these labels."""
+    def warm_up(
+        self, batch_sizes: Iterable[int] = (1,), labels: Sequence[str] = (), *, background: bool = False
+    ) -> None:
+        """Do the work that the first requests would wait for: batches of these sizes, these labels.
+
+        Args:
+            background: embed that of the unknown scores as well.
+        """
         height, width = self.preprocessing.size
         for size in batch_sizes:
             for _ in range(_WARM_UP_RUNS):
                 self.encode_pixels(np.zeros((size, 3, height, width), np.float32))
         self._embed_labels(labels)
+        if background:
+            self._background_embeddings()
 
     def remembered_batch_sizes(self) -> list[int]:
         """Return the sizes of the batches of pictures that were asked about lately."""
@@ -287,11 +337,11 @@ class LoadedVersion:
         ).reshape(len(labels), self.manifest.embed_dim)  # fmt: skip
 
     def _run(self, session: Any, output: str, inputs: dict[str, Float32 | Int64]) -> Float32:
-        """Run a tower in parts of at most _MAX_BATCH rows."""
+        """Run a tower in parts of at most MAX_BATCH rows."""
         ((name, rows),) = inputs.items()
         embeddings = np.empty((len(rows), self.manifest.embed_dim), np.float32)
-        for start in range(0, len(rows), _MAX_BATCH):
-            part = slice(start, start + _MAX_BATCH)
+        for start in range(0, len(rows), MAX_BATCH):
+            part = slice(start, start + MAX_BATCH)
             embeddings[part] = session.run([output], {name: rows[part]})[0]
         return embeddings
 
