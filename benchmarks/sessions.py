@@ -11,8 +11,9 @@
                  most that a cache of optimised graphs could bring
 
 Each is opened in a process of its own; seconds are of that process on a CPU, so that other work on the
-machine does not count; the best of several. *private* is memory that no other process can share: what is mapped from
-the weights file is not in it. One thread, one picture a run. A quick run opens each once and writes nothing.
+machine does not count; the best of several. *private* is memory that no other process can share: what is
+mapped from the weights file is not in it. One thread, one picture a run. A quick run opens each once and
+writes nothing.
 """
 
 import argparse
