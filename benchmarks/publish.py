@@ -65,7 +65,7 @@ def reexport(directory: Path, version_dir: Path) -> float:
         # fmt: on
         with export._as_exported(clip.model):  # noqa: SLF001
             program = torch.onnx.export(
-                encoder, (example,), dynamo=True, optimize=False, opset_version=export.OPSET, verbose=False,
+                encoder.eval(), (example,), dynamo=True, optimize=False, opset_version=export.OPSET, verbose=False,
                 input_names=[name], dynamic_shapes={name: {0: torch.export.Dim("batch")}},
             )  # fmt: skip
         program.save(directory / f"{name}.onnx", external_data=True)

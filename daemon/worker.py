@@ -137,9 +137,9 @@ def _stand_by() -> list[str]:
         import onnx  # noqa: F401 - the checks of a new version use it
 
         import daemon.adaptation  # noqa: F401
-        from dynlora.clip import plain_tokenizer
+        from dynlora.clip import vocabulary
 
-        plain_tokenizer()
+        vocabulary()
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):  # the daemon has no work for us any more
         sys.exit(EXIT_STOPPED)

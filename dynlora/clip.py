@@ -1,5 +1,6 @@
 """The only file that imports open_clip: bundled model, hub tag, local checkpoint, or a published version."""
 
+import copy
 import difflib
 import functools
 import json
@@ -114,16 +115,26 @@ def reload_weights(clip: Clip, weights_path: Path) -> None:
     assert not incompatible or not any(incompatible), incompatible
 
 
+def plain_tokenizer(context_length: int) -> Any:
+    """CLIP's own tokenizer; all of them share one vocabulary."""
+    tokenizer = copy.copy(vocabulary())
+    tokenizer.context_length = context_length
+    return tokenizer
+
+
 @functools.cache
-def plain_tokenizer(context_length: int = 77) -> Any:
-    """CLIP's own tokenizer; it depends on no version, and making it takes a fifth of a second."""
-    return open_clip.SimpleTokenizer(context_length=context_length)
+def vocabulary() -> Any:
+    """CLIP's own tokenizer of any context length, made once: it takes a fifth of a second."""
+    return open_clip.SimpleTokenizer()
 
 
 class _WithoutRandomWeights(TorchFunctionMode):
     """Leaves new parameters as they lie in memory, for a model whose weights are all loaded next."""
 
-    _FILLS = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"})
+    # The last one is what timm makes normal numbers of uniform ones with.
+    _FILLS = frozenset(
+        {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "erfinv_"}
+    )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
