@@ -57,17 +57,19 @@ def reexport(directory: Path, version_dir: Path) -> float:
     pixels = torch.zeros(2, 3, *clip.image_size)
     tokens = torch.zeros(2, clip.context_length, dtype=torch.int64)
     started = time.perf_counter()
-    # fmt: off
-    for encoder, name, example in (
-        (export._ImageEncoder(clip.model), "pixel_values", pixels),  # noqa: SLF001 - the same export is meant
-        (export._TextEncoder(clip.model), "input_ids", tokens),  # noqa: SLF001
-    ):
-        # fmt: on
+    image, text = export._ImageEncoder(clip.model), export._TextEncoder(clip.model)  # noqa: SLF001 - the same
+    for encoder, name, example in ((image, "pixel_values", pixels), (text, "input_ids", tokens)):
         with export._as_exported(clip.model):  # noqa: SLF001
             program = torch.onnx.export(
-                encoder.eval(), (example,), dynamo=True, optimize=False, opset_version=export.OPSET, verbose=False,
-                input_names=[name], dynamic_shapes={name: {0: torch.export.Dim("batch")}},
-            )  # fmt: skip
+                encoder.eval(),
+                (example,),
+                dynamo=True,
+                optimize=False,
+                opset_version=export.OPSET,
+                verbose=False,
+                input_names=[name],
+                dynamic_shapes={name: {0: torch.export.Dim("batch")}},
+            )
         program.save(directory / f"{name}.onnx", external_data=True)
     for path in directory.iterdir():
         atomic.fsync_file(path)
