@@ -10,6 +10,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,9 @@ from deploy.manifest import (
     save_manifest,
 )
 from deploy.preprocess import Preprocessing
+from deploy.runtime import LoadedVersion
 from deploy.store import VersionStore
-from deploy.verify import graph_hashes, verify_staged
+from deploy.verify import PUBLISH_TOLERANCE, check_staged, graph_hashes
 from dynlora import settings as presets
 from dynlora.clip import load_version
 from dynlora.errors import CheckpointError, ModelError
@@ -89,17 +91,17 @@ def adapt_batch(
     parent_dir, parent_manifest = store.path(parent), store.manifest(parent)
     plan, checkpoint = settle_plan(work_dir, _plan(batch, parent_manifest, config))
     torch.set_num_threads(plan.threads)
-    with watch.stage("load", is_told=False):
+    # The same version twice, for torch to learn from and for ONNX Runtime to ask: both at once.
+    with watch.stage("load", is_told=False), ThreadPoolExecutor(1) as beside:
+        opening = beside.submit(LoadedVersion, parent_dir, threads=plan.threads)
         clip = load_version(
             parent_dir / OPEN_CLIP_CONFIG_NAME, parent_dir / WEIGHTS_NAME, parent_manifest.architecture
         )
         classes = union_of_classes(load_classes(parent_dir).classes, batch)
-    with watch.stage("score"):
-        taken_out = reverted_batches(store)
-        examiner = Examiner(
-            home, batch, work_dir, classes, threads=plan.threads, without=frozenset(taken_out)
-        )
-        before = examiner.grade(parent_dir)
+    with watch.stage("score"), opening.result() as live:
+        taken_out = frozenset(reverted_batches(store))
+        examiner = Examiner(home, batch, work_dir, classes, threads=plan.threads, without=taken_out)
+        before = examiner.ask(live)
     with watch.stage("decode", is_told=False):
         task = load_task(batch, work_dir, Preprocessing.load(parent_dir / PREPROCESSOR_NAME), classes)
     with watch.stage("train"), _without_damaged(checkpoint):
@@ -111,23 +113,30 @@ def adapt_batch(
         delta = to_delta(adaptation)
         record = save_delta(result_dir / DELTA_NAME, delta)
         candidate = Candidate(store, parent_manifest, batch, delta, record, classes)
-        staging, drift = stage_candidate(candidate, result_dir / DELTA_NAME)
+        staged = stage_candidate(candidate, result_dir / DELTA_NAME, clip=clip)
     with _making_candidate(), watch.stage("verify"):
-        checked = verify_staged(
-            staging, embed_dim=parent_manifest.embed_dim, parent_graphs=graph_hashes(parent_manifest.files)
+        files = check_staged(
+            staged.directory,
+            embed_dim=parent_manifest.embed_dim,
+            parent_graphs=graph_hashes(parent_manifest.files),
+            known={WEIGHTS_NAME: staged.weights},
         )
-    draft = candidate.manifest_draft(checked.files)
-    with _making_candidate(), watch.stage("exam"):
+        draft = candidate.manifest_draft(files)
         # Provisional, so that the candidate can be loaded as clients will; publishing writes the final one.
-        save_manifest(staging, Manifest.model_validate(draft | {"version": store.next_version()}))
-        after = examiner.grade(staging)
+        save_manifest(staged.directory, Manifest.model_validate(draft | {"version": store.next_version()}))
+        version = LoadedVersion(staged.directory, threads=plan.threads)  # reads every file again
+    with _making_candidate(), version:
+        with watch.stage("verify", is_told=False):
+            parity = version.measure_parity(PUBLISH_TOLERANCE)
+        with watch.stage("exam"):
+            after = examiner.ask(version)
     exams = examiner.compare(before, after)
     draft |= {
         "method": _method(plan, adaptation, watch.seconds["train"]),
         "ranks": adaptation.ranks,
         "delta_norm": delta.norm,
-        "drift_norm": drift,
-        "metrics": metrics_of(exams, before.cosines_with(after)) | {"parity": checked.parity},
+        "drift_norm": staged.drift,
+        "metrics": metrics_of(exams, before.cosines_with(after)) | {"parity": parity},
     }
     report = _report(draft, exams, warnings=examiner.warnings, seconds=watch.seconds)
     atomic.write_text(result_dir / REPORT_NAME, report.model_dump_json(indent=2) + "\n")

@@ -147,22 +147,27 @@ class Examiner:
         return self.batch.id if self.batch is not None else None
 
     def grade(self, version_dir: Path, classes: Sequence[ClassEntry] | None = None) -> Grades:
+        """Load one version and ask it everything; arguments and errors as of ``ask``.
+
+        Raises:
+            VerifyError: the version cannot be loaded.
+        """
+        with LoadedVersion(version_dir, threads=self.threads) as version:
+            return self.ask(version, classes)
+
+    def ask(self, version: LoadedVersion, classes: Sequence[ClassEntry] | None = None) -> Grades:
         """Ask one version everything. It need not be published, but be complete, manifest.json included.
 
         Args:
             classes: the names to choose from; by default those of the version to come.
 
         Raises:
-            VerifyError: the version cannot be loaded.
             BatchError: an image of the batch's own exam cannot be read.
             WorkerError: an image of an older exam can no longer be read; the next attempt leaves it out.
         """
         asked = self.classes if classes is None else classes
-        with LoadedVersion(version_dir, threads=self.threads) as version:
-            names = version.embed_classes(
-                [entry.name for entry in asked], [entry.template for entry in asked]
-            )
-            graded = [self._embed(version, sheet) for sheet in self.sheets]
+        names = version.embed_classes([entry.name for entry in asked], [entry.template for entry in asked])
+        graded = [self._embed(version, sheet) for sheet in self.sheets]
         self.sheets = [sheet for sheet, _ in graded if sheet.files or sheet.batch == self._own]
         self._is_settled = True
         embeddings = {sheet.batch: rows for sheet, rows in graded if sheet in self.sheets}

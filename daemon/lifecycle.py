@@ -19,6 +19,7 @@ from daemon.publish import Publisher
 from daemon.reception import known
 from daemon.recovery import next_step
 from daemon.spool import Reason
+from daemon.standby import Standby
 from daemon.status import check_space, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_STOPPED, Worker, default_command
 from deploy.errors import DeployError, StoreError
@@ -35,9 +36,11 @@ class Launch:
         config_path: handed to the worker, which reads the same configuration; None for the defaults.
         wake: called from another thread when a worker says something.
         make_command: the command line for given worker arguments; tests put a stand-in here.
+        keeps_standby: whether a worker stands by while there is nothing to learn.
     """
 
     config_path: Path | None = None
+    keeps_standby: bool = False
     wake: Callable[[], None] = lambda: None
     make_command: Callable[..., list[str]] = default_command
 
@@ -59,6 +62,7 @@ class Lifecycle:
         self._home = publisher.home
         self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
         self._job: _Job | None = None
+        self._standby = Standby(launch.make_command("standby"), publisher.home / LOG_NAME)
         self._not_before: dict[str, float] = {}  # batch id → time of its next attempt
 
     @property
@@ -112,6 +116,15 @@ class Lifecycle:
                 self._take(batch_id)
                 return True
         return False
+
+    def stand_by(self, now: float) -> None:
+        """See that a worker stands by for the next batch, unless one is at work or nothing may be learnt."""
+        if self._launch.keeps_standby and self._job is None and self._store.pin() is None:
+            self._standby.keep(now)
+
+    def dismiss_standby(self) -> None:
+        """End the worker that stands by, if there is one."""
+        self._standby.stop()
 
     def interrupt(self, outcome: str, should_force: Callable[[], bool] = lambda: False) -> None:
         """Stop the worker, if there is one, giving it time for a checkpoint."""
@@ -179,12 +192,14 @@ class Lifecycle:
         self._spool.save(batch)  # before the worker exists: an attempt that kills us is counted
         self._publisher.drop_staging(batch_id)
         config_path = self._launch.config_path
-        command = self._launch.make_command(
+        arguments = (
             *("adapt", "--home", str(self._home), "--config", str(config_path) if config_path else ""),
             *("--batch", batch_id, "--parent", str(live)),
         )
-        log_path = self._spool.state_dir("work") / batch_id / LOG_NAME
-        worker = Worker(command, log_path, wake=self._launch.wake)
+        log_path, wake = self._spool.state_dir("work") / batch_id / LOG_NAME, self._launch.wake
+        worker = self._standby.take(arguments, log_path, wake=wake) or Worker(
+            self._launch.make_command(*arguments), log_path, wake=wake
+        )
         self._job = _Job(batch_id, live, worker, {"phase": "start"})
         self._tell("adapting", batch=batch_id, parent=live, attempt=len(batch.attempts), pid=worker.pid)
 

@@ -76,7 +76,10 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
     with HomeLock(home), capturing() as signals:
         notifier.starting(START_SECONDS)
         wake = threading.Event()
-        service = Service(home, config, view=view, launch=Launch(config_path=config_path, wake=wake.set))
+        launch = Launch(
+            config_path=config_path, wake=wake.set, keeps_standby=config.learning.standby and not once
+        )
+        service = Service(home, config, view=view, launch=launch)
 
         def should_stop() -> bool:
             notifier.alive()  # asked between two images: a large drop is progress, too
@@ -84,7 +87,7 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
 
         service.reception.should_stop = should_stop
         service.start()
-        with Watcher(config.inbox_dir(home), service.reception.wake):
+        with Watcher(config.inbox_dir(home), service.reception.wake, wake):
             notifier.ready()
             try:
                 while signals.name is None:

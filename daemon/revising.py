@@ -131,15 +131,15 @@ def _promote(ground: Ground) -> Report:
     with watch.stage("fold"):
         delta = load_delta(delta_path)
         candidate = Candidate(store, parent, batch, delta, record, classes)
-        staging, drift = stage_candidate(candidate, delta_path, name=staging_name("promote", ground.batch_id))
+        staged = stage_candidate(candidate, delta_path, name=staging_name("promote", ground.batch_id))
     draft = candidate.manifest_draft({}) | {
         "kind": "promote",
         "method": held.manifest.get("method"),
         "ranks": held.manifest.get("ranks"),
         "delta_norm": delta.norm,
-        "drift_norm": drift,
+        "drift_norm": staged.drift,
     }
-    return _finish(ground, staging, draft, examiner, before)
+    return _finish(ground, staged.directory, draft, examiner, before)
 
 
 def _finish(

@@ -107,7 +107,12 @@ class Service:
 
     def _learn(self, now: float) -> bool:
         self._lifecycle.observe(now)
-        return not self._reviser.is_changing_live and self._lifecycle.advance(now)
+        if self._reviser.is_changing_live:
+            return False
+        is_busy = self._lifecycle.advance(now)
+        if not is_busy:
+            self._lifecycle.stand_by(now)
+        return is_busy
 
     def _pause_learning(self, why: str) -> None:
         """The live version is about to change: a batch at work stops at a checkpoint."""
@@ -184,6 +189,7 @@ class Service:
         """Stop in order: the worker first (it checkpoints), then the status. Batches stay where they are."""
         self._view.clear()
         self._reviser.stop()
+        self._lifecycle.dismiss_standby()
         if (working := self._lifecycle.working) is not None:
             logs.log(
                 "stopping", what="worker", batch=working["batch"], wait=self._config.learning.stop_seconds

@@ -6,6 +6,7 @@ Runs in the worker only: torch computes the reference outputs that clients check
 import math
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from deploy.manifest import (
 )
 from deploy.store import VersionStore
 from deploy.weights import Array, read_weights
-from dynlora.clip import load_version
+from dynlora.clip import Clip, load_version, reload_weights
+
+_BLOCK_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,45 +69,87 @@ def inherited(parent: Manifest, files: Mapping[str, FileRecord]) -> dict[str, An
         "context_length": parent.context_length,
         "logit_scale": parent.logit_scale,
         "logit_bias": parent.logit_bias,
+        "temperature": parent.temperature,
         "files": {name: record.model_dump() for name, record in files.items()},
         "software": software_versions(),
     }
 
 
-def stage_candidate(candidate: Candidate, delta_path: Path, *, name: str | None = None) -> tuple[Path, float]:
+@dataclass(frozen=True)
+class Staged:
+    """A filled staging directory, manifest.json apart.
+
+    Attributes:
+        weights: record of weights.safetensors, hashed while it was written.
+        drift: ‖θ − θ₀‖_F, how far the weights are from version 0 now.
+    """
+
+    directory: Path
+    weights: FileRecord
+    drift: float
+
+
+def stage_candidate(
+    candidate: Candidate, delta_path: Path, *, clip: Clip | None = None, name: str | None = None
+) -> Staged:
     """Fill a staging directory, manifest.json apart.
 
     Args:
+        clip: the parent as it is in memory, if it is; it has the new weights afterwards.
         name: of the staging directory; by default the batch's id.
 
-    Returns:
-        The directory, and ‖θ − θ₀‖_F: how far the weights are from version 0 now.
+    Raises:
+        ModelError: the file that was written cannot be loaded.
     """
     store, parent_dir = candidate.store, candidate.store.path(candidate.parent.version)
     staging = store.stage(name or candidate.batch.id, like=candidate.parent.version)
     shutil.copyfile(delta_path, staging / DELTA_NAME)
-    write_folded(staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
-    return staging, write_beside_weights(staging, store, candidate.parent, candidate.classes)
+    weights = write_folded(staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
+    drift = write_beside_weights(staging, store, candidate.parent, candidate.classes, clip=clip)
+    return Staged(staging, weights, drift)
 
 
 def write_beside_weights(
-    staging: Path, store: VersionStore, parent: Manifest, classes: tuple[ClassEntry, ...]
+    staging: Path,
+    store: VersionStore,
+    parent: Manifest,
+    classes: tuple[ClassEntry, ...],
+    *,
+    clip: Clip | None = None,
 ) -> float:
     """Class list, embeddings and reference outputs of the weights that lie in a staging directory.
+
+    Args:
+        clip: a model of the same architecture in memory; it has the new weights afterwards.
 
     Returns:
         ‖θ − θ₀‖_F: how far the weights are from version 0 now.
     """
-    drift = distance(read_weights(staging / WEIGHTS_NAME), read_weights(store.path(0) / WEIGHTS_NAME))
-    # From the file, not from memory: what torch says here is what every client must find.
-    clip = load_version(staging / OPEN_CLIP_CONFIG_NAME, staging / WEIGHTS_NAME, parent.architecture)
-    write_class_list(staging, clip, classes)
-    write_reference(staging, clip)
-    return drift
+    path = staging / WEIGHTS_NAME
+    # The drift is read from the files too, beside torch's work.
+    with ThreadPoolExecutor(1, thread_name_prefix="drift") as beside:
+        drift = beside.submit(distance, read_weights(path), read_weights(store.path(0) / WEIGHTS_NAME))
+        # From the file, not from memory: what torch says here is what every client must find.
+        if clip is None:
+            clip = load_version(staging / OPEN_CLIP_CONFIG_NAME, path, parent.architecture)
+        else:
+            reload_weights(clip, path)
+        write_class_list(staging, clip, classes)
+        write_reference(staging, clip)
+        return drift.result()
 
 
 def distance(one: dict[str, Array], other: dict[str, Array]) -> float:
     """Frobenius norm of the difference over all tensors, summed in float64."""
-    return math.sqrt(
-        sum(float(np.square(one[key].astype(np.float64) - other[key]).sum()) for key in sorted(one))
-    )
+    return math.sqrt(sum(_squared_distance(one[key], other[key]) for key in sorted(one)))
+
+
+def _squared_distance(one: Array, other: Array) -> float:
+    """By blocks that stay in the cache."""
+    first, second, total = one.reshape(-1), other.reshape(-1), 0.0
+    for begin in range(0, first.size, _BLOCK_ELEMENTS):
+        part = slice(begin, begin + _BLOCK_ELEMENTS)
+        if not np.array_equal(first[part], second[part]):
+            difference = np.subtract(first[part], second[part], dtype=np.float64)
+            total += float(difference @ difference)
+    return total

@@ -32,30 +32,39 @@ def default_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "daemon.worker", "--parent-pid", str(os.getpid()), *arguments]
 
 
+def start_process(
+    command: Sequence[str], log_path: Path, *, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start a worker's process: its stdout is a pipe, its stderr is appended to the file `log_path`."""
+    with log_path.open("ab") as log_file:
+        return subprocess.Popen(
+            list(command), stdin=stdin, stdout=subprocess.PIPE, stderr=log_file, env=_environment()
+        )
+
+
 class Worker:
     """One running worker process.
 
     Args:
-        command: the whole command line.
+        command: the whole command line, or the process that stood by for it.
         log_path: file that its stderr is appended to; it survives both processes.
         wake: called from a reader thread whenever there is something new to look at.
     """
 
     def __init__(
-        self, command: Sequence[str], log_path: Path, *, wake: Callable[[], None] | None = None
+        self,
+        command: Sequence[str] | subprocess.Popen[bytes],
+        log_path: Path,
+        *,
+        wake: Callable[[], None] | None = None,
     ) -> None:
         self._wake = wake or (lambda: None)
         self._log_path = log_path
         self._messages: deque[Message] = deque()
         self.error: Message | None = None
-        with log_path.open("ab") as log_file:
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log_file,
-                env=_environment(),
-            )
+        if not isinstance(command, subprocess.Popen):
+            command = start_process(command, log_path)
+        self._process = command
         assert self._process.stdout is not None
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), name="worker-output")
         self._reader.start()
@@ -122,6 +131,8 @@ class Worker:
                     self.error = message
                 self._messages.append(message)
                 self._wake()
+        # Its output ends a moment before it does; the daemon is woken when there is an exit code to see.
+        self._process.wait()
         self._wake()
 
 

@@ -9,9 +9,11 @@ it leaves is in the batch's directory and in the store's staging directory.
     python -m daemon.worker adapt --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker promote|revert --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker rebuild --home HOME --version N
+    python -m daemon.worker standby     imports what is heavy, then waits for one of the above on stdin
 """
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -79,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with the protocol's code."""
     options = _parser().parse_args(arguments)
     _die_with_parent(options.parent_pid)
+    if options.command == "standby":
+        options = _parser().parse_args(_stand_by())
     outlet, stop = Outlet(), StopFlag()
     try:
         if options.command == "rebuild":
@@ -162,6 +166,37 @@ def _rebuild(options: argparse.Namespace, outlet: Outlet) -> int:
     return EXIT_DONE
 
 
+def _stand_by() -> list[str]:
+    """Import what is heavy and wait for an order; returns the arguments in it.
+
+    Nothing of a home is read before: what a version or a configuration says may have changed by then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends us
+    # What cannot be imported is told by the worker that needs it.
+    with contextlib.suppress(ModuleNotFoundError):
+        import onnx  # noqa: F401 - the checks of a new version use it
+
+        import daemon.adaptation  # noqa: F401
+        from dynlora.clip import vocabulary
+
+        vocabulary()
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):  # the daemon has no work for us any more
+        sys.exit(EXIT_STOPPED)
+    order = json.loads(line)
+    log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    os.dup2(log, 2)
+    os.close(log)
+    return [str(argument) for argument in order["arguments"]]
+
+
+def _end(code: int) -> NoReturn:
+    """Leave without tidying up: everything is on disk, and torch takes a while to be taken down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _blame(outlet: Outlet, error: Exception, why: str, *, retry: bool) -> None:
     """Say what went wrong; no batch is to blame for a disk that is full."""
     if is_full_disk(error):
@@ -188,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     rebuild = commands.add_parser("rebuild")
     rebuild.add_argument("--home", type=Path, required=True)
     rebuild.add_argument("--version", type=int, required=True)
+    commands.add_parser("standby")
     return parser
 
 
@@ -218,4 +254,7 @@ def _alone(home: Path, name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as ended:
+        _end(ended.code if isinstance(ended.code, int) else EXIT_FAILED)

@@ -26,7 +26,11 @@ def temporary_beside(path: Path) -> Path:
 
 
 def write_file(
-    path: Path, data: bytes | Iterable[bytes], *, mode: int = 0o644, size_bytes: int | None = None
+    path: Path,
+    data: bytes | Iterable[bytes | memoryview],
+    *,
+    mode: int = 0o644,
+    size_bytes: int | None = None,
 ) -> None:
     """Write ``path`` through a temporary file, fsync, rename over, fsync the directory.
 

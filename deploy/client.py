@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +25,15 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.background import BackgroundThread, return_memory
 from deploy.errors import ClientError, DeployError
 from deploy.preprocess import ImageSource
-from deploy.runtime import DEFAULT_TOP, LoadedVersion, Prediction
+from deploy.runtime import DEFAULT_TOP, MAX_BATCH, LoadedVersion, Prediction
+from deploy.stream import Question, StreamAnswer, answer_stream
 from deploy.target import Failure, Target, resolve_current, state_of
 
 POLL_SECONDS = 0.25
+STREAM_BATCH = 8
 
 _FIRST_LOAD_ATTEMPTS = 5  # the publisher may switch and prune while the first version loads
 
@@ -41,10 +44,14 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Classification:
-    """The likeliest labels of one picture, best first, and the version that said so."""
+    """The likeliest labels of one picture, best first, and the version that said so.
+
+    ``unknown`` is how unlike all labels the picture is, from 0 to 1, if that was asked for (deploy.unknown).
+    """
 
     version: int
     predictions: tuple[Prediction, ...]
+    unknown: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class Client:
     Args:
         serving_dir: the store: the directory that holds `current` and `versions`.
         poll_seconds: how often to look at `current`.
-        threads: ONNX Runtime threads per tower; by default the CPUs this process may run on.
+        threads: ONNX Runtime threads per tower; by default the CPUs this process may use: those of its
+            cpuset, or fewer where a container's quota is smaller.
         on_event: called with each ClientEvent, from the background thread (once from the constructor).
 
     Raises:
@@ -119,7 +127,12 @@ class Client:
         self._loading = threading.Lock()  # held by whoever loads: a version is never loaded twice at a time
         self._wake = threading.Event()
         self._is_closed = False
-        self._live = self._load_first()
+        self._background = BackgroundThread("dynlora-load")
+        try:
+            self._live = self._load_first()
+        except BaseException:
+            self._background.stop()
+            raise
         self._deliver_events()
         self._thread = threading.Thread(
             target=self._follow, args=(poll_seconds,), name="dynlora-client", daemon=True
@@ -142,21 +155,62 @@ class Client:
         return self._last_error
 
     def classify(
-        self, images: Sequence[ImageSource], labels: Sequence[str] | None = None, *, top: int = DEFAULT_TOP
+        self,
+        images: Sequence[ImageSource],
+        labels: Sequence[str] | None = None,
+        *,
+        top: int = DEFAULT_TOP,
+        unknown: bool = False,
     ) -> list[Classification]:
         """Return the likeliest labels of each picture (a path, bytes, or a Pillow image).
+
+        However many pictures there are, a few are in memory at a time, and one version answers them all.
 
         Args:
             labels: what to choose from; by default all classes that the live version knows.
             top: how many to return at most.
+            unknown: say for each picture, too, how unlike all labels it is.
 
         Raises:
             ImageError: a picture cannot be used; says which.
             ClientError: there is nothing to choose from, or the client is closed.
         """
         with self.hold() as loaded:
-            answers = loaded.classify(images, labels, top=top)
-            return [Classification(loaded.version, tuple(predictions)) for predictions in answers]
+            embeddings = loaded.encode_images(images)
+            answers = loaded.rank(embeddings, labels, top=top)
+            unlike = loaded.unknown(embeddings, labels) if unknown else [None] * len(answers)
+            return [
+                Classification(loaded.version, tuple(predictions), score)
+                for predictions, score in zip(answers, unlike, strict=True)
+            ]
+
+    def classify_stream(
+        self,
+        images: Iterable[ImageSource],
+        labels: Sequence[str] | None = None,
+        *,
+        top: int = DEFAULT_TOP,
+        unknown: bool = False,
+        batch_size: int = STREAM_BATCH,
+    ) -> Iterator[StreamAnswer]:
+        """Yield an answer for each picture of an iterable that may be endless, in order, in bounded memory.
+
+        Pictures are decoded while others are classified. A new version may answer from any batch on. A
+        picture that cannot be used is answered with its error. The iterable is read in a thread of its own.
+
+        Args:
+            labels, top, unknown: as for ``classify``.
+            batch_size: pictures that go through the model together, if so many have arrived.
+
+        Raises:
+            ClientError: there is nothing to choose from, or the client is closed.
+            Exception: what the iterable raised, after the answers to what came before.
+        """
+        if batch_size < 1:
+            raise ClientError(f"batch_size must be at least 1, found {batch_size}")
+        return answer_stream(
+            self.hold, images, Question(labels, top, unknown), batch_size=min(batch_size, MAX_BATCH)
+        )
 
     def encode_images(self, images: Sequence[ImageSource]) -> Embeddings:
         """Return the embeddings of N pictures.
@@ -218,6 +272,7 @@ class Client:
         with self._loading:
             self._release_retired()
             self._live.loaded.close()
+        self._background.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -231,7 +286,7 @@ class Client:
         for attempt in range(1, _FIRST_LOAD_ATTEMPTS + 1):
             target = resolve_current(self._serving_dir)
             try:
-                return self._load(target, remembered_labels=())
+                return self._load(target, before=None)
             except (DeployError, OSError):
                 if attempt == _FIRST_LOAD_ATTEMPTS or resolve_current(self._serving_dir) == target:
                     raise
@@ -266,17 +321,22 @@ class Client:
             state = (target, state_of(target.directory))
             if self._failure and self._failure.covers(state, time.monotonic()):
                 return
-            self._switch(self._load(target, remembered_labels=self._live.loaded.remembered_labels()))
+            self._switch(self._load(target, before=self._live.loaded))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the new one, the old one answers
             self._reject(error, target, state or str(error))
 
-    def _load(self, target: Target, *, remembered_labels: Sequence[str]) -> _Slot:
-        """Load, check and warm a version; nobody waits for it but the first time."""
+    def _load(self, target: Target, *, before: LoadedVersion | None) -> _Slot:
+        """Load, check and warm a version; nobody waits for it but the first time.
+
+        Args:
+            before: the version that answers now; what it was asked lately is what is warmed up.
+        """
         started = time.monotonic()
-        loaded = LoadedVersion(target.directory, threads=self._threads)
+        aside = self._background.run
+        loaded = LoadedVersion(target.directory, threads=self._threads, aside=aside)
         try:
-            parity = loaded.check_parity()
-            loaded.warm_up(labels=remembered_labels)
+            parity = aside(loaded.check_parity)
+            aside(lambda: _warm_up(loaded, before))
         except BaseException:
             loaded.close()
             raise
@@ -297,6 +357,7 @@ class Client:
         for slot in idle:
             started = time.monotonic()
             slot.loaded.close()
+            self._background.run(return_memory)  # or the next version would come on top of it
             detail = "its last request is answered"
             seconds = time.monotonic() - started
             self._events.append(ClientEvent("released", slot.loaded.version, detail, seconds))
@@ -325,3 +386,13 @@ class Client:
                     self._on_event(event)
                 except Exception:  # noqa: BLE001 - other people's code must not end the thread
                     _log.exception("on_event failed; the client goes on")
+
+
+def _warm_up(loaded: LoadedVersion, before: LoadedVersion | None) -> None:
+    """Let a new version do once what the version before it was asked lately."""
+    if before is None:
+        loaded.warm_up()
+        return
+    loaded.warm_up(
+        {1, *before.remembered_batch_sizes()}, before.remembered_labels(), background=before.knows_background
+    )

@@ -10,9 +10,19 @@ import unicodedata
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from deploy import atomic
 from deploy.errors import ManifestError
@@ -113,6 +123,7 @@ class Manifest(_Model):
     context_length: int = Field(gt=0)
     logit_scale: float  # factor on the cosine (already exponentiated)
     logit_bias: float | None = None
+    temperature: float | None = Field(default=None, gt=0)  # calibration: scores are made from logits / this
     files: dict[str, FileRecord]
     method: dict[str, JsonValue] | None = None
     ranks: dict[str, int] | None = None
@@ -121,6 +132,14 @@ class Manifest(_Model):
     metrics: dict[str, JsonValue] | None = None
     decision: Decision | None = None
     software: dict[str, str] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_absent_calibration(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not there, so that releases from before it read the manifest too."""
+        content: dict[str, Any] = to_dict(self)
+        if content.get("temperature") is None:
+            content.pop("temperature", None)
+        return content
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -203,11 +222,12 @@ def save_classes(directory: Path, classes: ClassesFile) -> None:
 
 def file_record(path: Path) -> FileRecord:
     """Read a file and return its sha256 and size."""
-    with path.open("rb") as file:
-        return record_of(iter(lambda: file.read(_BLOCK_BYTES), b""))
+    block = memoryview(bytearray(_BLOCK_BYTES))  # one block for all: fresh ones would cost as much as hashing
+    with path.open("rb", buffering=0) as file:
+        return record_of(block[:count] for count in iter(lambda: file.readinto(block), 0))
 
 
-def record_of(pieces: Iterable[bytes]) -> FileRecord:
+def record_of(pieces: Iterable[bytes | memoryview]) -> FileRecord:
     """Return the sha256 and size of the pieces put together."""
     digest, size = hashlib.sha256(), 0
     for piece in pieces:

@@ -8,7 +8,7 @@ the store that this version is in use. All methods may be called from several th
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from deploy.cpus import usable_cpus
 from deploy.errors import ClientError, ImageError, VerifyError
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
@@ -34,16 +35,25 @@ from deploy.manifest import (
 )
 from deploy.opening import check_used_files, hold_shared_lock, open_session, open_tokenizer
 from deploy.preprocess import ImageSource, Preprocessing, decode_image
+from deploy.unknown import BACKGROUND, choose_background, rows_beside, unknown_scores
 from deploy.verify import PARITY_TOLERANCE, check_embeddings
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 DEFAULT_TOP = 5
 
-_MAX_BATCH = 32  # rows per run: bounds the memory of one request
+MAX_BATCH = 32  # rows per run: bounds the memory of one request
 _MAX_REMEMBERED_LABELS = 4096  # at 512 dimensions 8 MB
 
+_MAX_REMEMBERED_SIZES = 4
+_WARM_UP_RUNS = 2  # the first run of a shape plans its memory, the second is the first to use the plan
+
+Aside = Callable[[Callable[[], None]], None]
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 @dataclass(frozen=True)
@@ -59,27 +69,28 @@ class LoadedVersion:
 
     Args:
         directory: versions/N of a store.
-        threads: ONNX Runtime threads per tower; by default the CPUs this process may run on.
+        threads: ONNX Runtime threads per tower; by default the CPUs this process may use.
+        aside: runs the checking of the files, for whoever wants it done in a thread of low priority.
 
     Raises:
         VerifyError: a file is missing, damaged, or not what the manifest records.
         ManifestError: manifest.json or classes.json cannot be used.
     """
 
-    def __init__(self, directory: Path, *, threads: int | None = None) -> None:
+    def __init__(self, directory: Path, *, threads: int | None = None, aside: Aside = _at_once) -> None:
         # Resolved once: ONNX Runtime finds the weights beside the graph, and a path through `current`
         # could lead to another version between two opens.
         self.directory = directory.resolve()
         self._lock_descriptor = hold_shared_lock(self.directory / MANIFEST_NAME)
         try:
-            self._load(threads or len(os.sched_getaffinity(0)))
+            self.manifest: Manifest = load_manifest(self.directory)
+            aside(lambda: check_used_files(self.directory, self.manifest))
+            self._load(threads or usable_cpus())
         except BaseException:
             self.close()
             raise
 
     def _load(self, threads: int) -> None:
-        self.manifest: Manifest = load_manifest(self.directory)
-        check_used_files(self.directory, self.manifest)
         check_embeddings(self.directory, embed_dim=self.manifest.embed_dim)
         self.class_embeddings: Float32 = np.load(self.directory / CLASS_EMBEDDINGS_NAME, allow_pickle=False)
         self.class_embeddings.flags.writeable = False
@@ -94,6 +105,8 @@ class LoadedVersion:
         self._text: Any = open_session(self.directory / TEXT_GRAPH_NAME, threads)
         self._label_embeddings: OrderedDict[str, Float32] = OrderedDict()
         self._label_lock = threading.Lock()
+        self._batch_sizes: OrderedDict[int, None] = OrderedDict()
+        self._background: Float32 | None = None
 
     @property
     def version(self) -> int:
@@ -117,6 +130,7 @@ class LoadedVersion:
 
     def encode_pixels(self, pixel_values: Float32) -> Float32:
         """Return L2-normalised embeddings (N, dim) of preprocessed pixels (N, 3, H, W)."""
+        self._remember_size(min(len(pixel_values), MAX_BATCH))
         return self._run(self._vision, "image_embeds", {"pixel_values": pixel_values})
 
     def encode_images(self, images: Sequence[ImageSource]) -> Float32:
@@ -128,8 +142,8 @@ class LoadedVersion:
         """
         _expect_list(images, "pictures")
         embeddings = np.empty((len(images), self.manifest.embed_dim), np.float32)
-        for start in range(0, len(images), _MAX_BATCH):
-            part = range(start, min(start + _MAX_BATCH, len(images)))
+        for start in range(0, len(images), MAX_BATCH):
+            part = range(start, min(start + MAX_BATCH, len(images)))
             decoded = [_decode(images[index], index, len(images)) for index in part]
             embeddings[part.start : part.stop] = self.encode_pixels(self.preprocessing(decoded))
         return embeddings
@@ -175,8 +189,18 @@ class LoadedVersion:
             ClientError: there is nothing to choose from.
             ImageError: a picture cannot be used.
         """
+        return self.rank(self.encode_images(images), labels, top=top)
+
+    def rank(
+        self, image_embeds: Float32, labels: Sequence[str] | None = None, *, top: int = DEFAULT_TOP
+    ) -> list[list[Prediction]]:
+        """Return the best labels of each of N pictures, given their embeddings (N, dim); as ``classify``.
+
+        Raises:
+            ClientError: there is nothing to choose from.
+        """
         names, rows = self._choices(labels)
-        logits = self.manifest.logit_scale * (self.encode_images(images) @ rows.T)
+        logits = self.score_scale * (image_embeds @ rows.T)
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
         order = np.argsort(-scores, axis=1, kind="stable")[:, : max(1, top)]
@@ -185,37 +209,94 @@ class LoadedVersion:
             for best, row in zip(order, scores, strict=True)
         ]
 
+    def unknown(self, image_embeds: Float32, labels: Sequence[str] | None = None) -> list[float]:
+        """Return how unlike all labels each of N pictures (N, dim) is, from 0 to 1; see deploy.unknown.
+
+        Args:
+            labels: as for ``classify``.
+
+        Raises:
+            ClientError: there are no labels.
+        """
+        names, rows = self._choices(labels)
+        beside = self._background_embeddings()[rows_beside([class_key(name) for name in names])]
+        chosen = beside[choose_background(rows, beside)]
+        scale = self.score_scale
+        return unknown_scores(scale * (image_embeds @ rows.T), scale * (image_embeds @ chosen.T))
+
+    @property
+    def score_scale(self) -> float:
+        """What cosines are multiplied by before the softmax: logit_scale, divided by the temperature."""
+        return self.manifest.logit_scale / (self.manifest.temperature or 1.0)
+
+    @property
+    def knows_background(self) -> bool:
+        """Whether unknown scores have been asked for: their background is embedded then."""
+        return self._background is not None
+
+    def _background_embeddings(self) -> Float32:
+        if self._background is None:  # two threads may both embed it, to the same values
+            self._background = self.embed_classes(BACKGROUND, DEFAULT_TEMPLATE)
+        return self._background
+
     def check_parity(self, tolerance: float = PARITY_TOLERANCE) -> float:
         """Return the largest |difference| to torch's outputs in reference.npz, over both towers.
 
         Raises:
             VerifyError: it is above the tolerance, or the file cannot be used.
         """
+        return max(self.measure_parity(tolerance).values())
+
+    def measure_parity(self, tolerance: float = PARITY_TOLERANCE) -> dict[str, float]:
+        """Return the largest |difference| to torch's outputs in reference.npz for each tower.
+
+        Raises:
+            VerifyError: one is above the tolerance, or the file cannot be used.
+        """
         path = self.directory / REFERENCE_NAME
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                pairs = (
-                    (self.encode_pixels(arrays["pixel_values"]), arrays["image_embeds"]),
-                    (self._run(self._text, "text_embeds", {"input_ids": arrays["input_ids"]}),
-                     arrays["text_embeds"]),
-                )  # fmt: skip
-            # numpy's max, unlike Python's, does not lose a NaN.
-            worst = float(np.max([np.abs(found - expected).max() for found, expected in pairs]))
+                vision = self.encode_pixels(arrays["pixel_values"]) - arrays["image_embeds"]
+                text = self._run(self._text, "text_embeds", {"input_ids": arrays["input_ids"]})
+                text = text - arrays["text_embeds"]
+            parity = {"vision": float(np.abs(vision).max()), "text": float(np.abs(text).max())}
         except Exception as error:  # a damaged archive and ONNX Runtime raise whatever they like
             raise VerifyError(f"{path} cannot be used to check version {self.version}: {error}") from error
-        if not worst <= tolerance:  # so that a NaN fails too
-            raise VerifyError(
-                f"version {self.version} computes other embeddings here than torch did: they differ by "
-                f"{worst:.3g}, expected at most {tolerance:.3g} ({path})"
-            )
-        return worst
+        for difference in parity.values():
+            if not difference <= tolerance:  # so that a NaN fails too
+                raise VerifyError(
+                    f"version {self.version} computes other embeddings here than torch did: they differ by "
+                    f"{difference:.3g}, expected at most {tolerance:.3g} ({path})"
+                )
+        return parity
 
-    def warm_up(self, batch_sizes: Iterable[int] = (1,), labels: Sequence[str] = ()) -> None:
-        """Do the work that the first requests would wait for: batches of these sizes, these labels."""
+    def warm_up(
+        self, batch_sizes: Iterable[int] = (1,), labels: Sequence[str] = (), *, background: bool = False
+    ) -> None:
+        """Do the work that the first requests would wait for: batches of these sizes, these labels.
+
+        Args:
+            background: embed that of the unknown scores as well.
+        """
         height, width = self.preprocessing.size
         for size in batch_sizes:
-            self.encode_pixels(np.zeros((size, 3, height, width), np.float32))
+            for _ in range(_WARM_UP_RUNS):
+                self.encode_pixels(np.zeros((size, 3, height, width), np.float32))
         self._embed_labels(labels)
+        if background:
+            self._background_embeddings()
+
+    def remembered_batch_sizes(self) -> list[int]:
+        """Return the sizes of the batches of pictures that were asked about lately."""
+        with self._label_lock:
+            return list(self._batch_sizes)
+
+    def _remember_size(self, size: int) -> None:
+        with self._label_lock:
+            self._batch_sizes[size] = None
+            self._batch_sizes.move_to_end(size)
+            while len(self._batch_sizes) > _MAX_REMEMBERED_SIZES:
+                self._batch_sizes.popitem(last=False)
 
     def remembered_labels(self) -> list[str]:
         """Return the labels asked about lately that are not classes of this version."""
@@ -256,11 +337,11 @@ class LoadedVersion:
         ).reshape(len(labels), self.manifest.embed_dim)  # fmt: skip
 
     def _run(self, session: Any, output: str, inputs: dict[str, Float32 | Int64]) -> Float32:
-        """Run a tower in parts of at most _MAX_BATCH rows."""
+        """Run a tower in parts of at most MAX_BATCH rows."""
         ((name, rows),) = inputs.items()
         embeddings = np.empty((len(rows), self.manifest.embed_dim), np.float32)
-        for start in range(0, len(rows), _MAX_BATCH):
-            part = slice(start, start + _MAX_BATCH)
+        for start in range(0, len(rows), MAX_BATCH):
+            part = slice(start, start + MAX_BATCH)
             embeddings[part] = session.run([output], {name: rows[part]})[0]
         return embeddings
 

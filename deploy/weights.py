@@ -9,11 +9,12 @@ Knows nothing of models or versions; tensors come and go as numpy arrays, one at
 caller allows it (a memory-mapped source costs no memory).
 """
 
-import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from deploy import atomic
 from deploy.errors import WeightsError
+from deploy.hashing import BackgroundHash
 from deploy.manifest import FileRecord
 
 Array = NDArray[Any]
@@ -33,6 +35,7 @@ ALIGNMENT_BYTES = 4096
 _METADATA: Mapping[str, str] = {"format": "pt"}
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _PIECE_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 18
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -87,8 +90,8 @@ def write_weights(
     Args:
         metadata: strings for the header. Leave it out for a file that graphs point into: the places
             that layout() gives hold for the default header only.
-        prepare: called with name and tensor just before the tensor is written, so that only one
-            changed tensor is in memory at a time; it must keep shape and dtype.
+        prepare: called with name and tensor, from another thread, one tensor ahead of what is written:
+            so few changed tensors are in memory at a time. It must keep shape and dtype.
 
     Raises:
         WeightsError: a dtype that the file cannot hold, or ``prepare`` changed shape or dtype.
@@ -97,24 +100,56 @@ def write_weights(
     specs = spec_of(tensors)
     header = _header(specs, _METADATA if metadata is None else metadata)
     size = len(header) + sum(spec.size_bytes for spec in specs.values())
-    digest = hashlib.sha256()
+    with BackgroundHash() as digest, closing(_prepared(tensors, specs, prepare)) as prepared:
 
-    def pieces() -> Iterator[bytes]:
-        digest.update(header)
-        yield header
-        for name in _places(specs):
-            tensor = tensors[name] if prepare is None else prepare(name, tensors[name])
-            if tensor.shape != specs[name].shape or tensor.dtype != specs[name].dtype:
-                raise WeightsError(
-                    f"tensor {name} must stay {specs[name].shape} {specs[name].dtype} while it is written, "
-                    f"found {tensor.shape} {tensor.dtype}"
-                )
-            for piece in _pieces_of(tensor):
-                digest.update(piece)
-                yield piece
+        def pieces() -> Iterator[bytes | memoryview]:
+            digest.update(header)
+            yield header
+            for group in prepared:
+                for piece in _pieces_of(group):
+                    digest.update(piece)
+                    yield piece
 
-    atomic.write_file(path, pieces(), size_bytes=size)
-    return FileRecord(sha256=digest.hexdigest(), bytes=size)
+        atomic.write_file(path, pieces(), size_bytes=size)
+        return FileRecord(sha256=digest.hexdigest(), bytes=size)
+
+
+def _prepared(
+    tensors: Mapping[str, Array], specs: Mapping[str, TensorSpec], prepare: Prepare | None
+) -> Generator[list[Array], None, None]:
+    """Yield the tensors in file order, in groups; each is prepared while the one before it is written."""
+
+    def ready(name: str) -> Array:
+        tensor = tensors[name] if prepare is None else prepare(name, tensors[name])
+        if tensor.shape != specs[name].shape or tensor.dtype != specs[name].dtype:
+            raise WeightsError(
+                f"tensor {name} must stay {specs[name].shape} {specs[name].dtype} while it is written, "
+                f"found {tensor.shape} {tensor.dtype}"
+            )
+        return tensor
+
+    def ready_group(names: list[str]) -> list[Array]:
+        return [ready(name) for name in names]
+
+    groups = _groups(specs)
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare-weights") as ahead:
+        upcoming = ahead.submit(ready_group, next(groups, []))
+        for names in groups:
+            group, upcoming = upcoming.result(), ahead.submit(ready_group, names)
+            yield group
+        yield upcoming.result()
+
+
+def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
+    """The names in file order, by the piece: handing hundreds of small tensors between threads takes long."""
+    names: list[str] = []
+    for name in _places(specs):
+        names.append(name)
+        if sum(specs[some].size_bytes for some in names) >= _PIECE_BYTES // 2:
+            yield names
+            names = []
+    if names:
+        yield names
 
 
 def read_weights(path: Path) -> dict[str, Array]:
@@ -177,10 +212,19 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
     return struct.pack("<Q", padded) + text.ljust(padded)
 
 
-def _pieces_of(tensor: Array) -> Iterator[bytes]:
-    flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-    for begin in range(0, flat.size, _PIECE_BYTES):
-        yield flat[begin : begin + _PIECE_BYTES].tobytes()
+def _pieces_of(tensors: list[Array]) -> Iterator[bytes | memoryview]:
+    """Views of large tensors' bytes, not copies; small ones are put together."""
+    small: list[memoryview] = []
+    for tensor in tensors:
+        flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+        if flat.size < _SMALL_BYTES:
+            small.append(flat.data)
+            continue
+        yield b"".join(small)
+        small = []
+        for begin in range(0, flat.size, _PIECE_BYTES):
+            yield flat[begin : begin + _PIECE_BYTES].data
+    yield b"".join(small)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -1,6 +1,8 @@
 """The only file that imports open_clip: bundled model, hub tag, local checkpoint, or a published version."""
 
+import copy
 import difflib
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ import open_clip
 import torch
 from open_clip.transformer import QuickGELU
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dynlora.attach import check_supported
 from dynlora.errors import ModelError
@@ -83,7 +86,8 @@ def load_version(config_path: Path, weights_path: Path, architecture: str) -> Cl
     """
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        model = open_clip.CLIP(**config["model_cfg"])
+        with _WithoutRandomWeights():  # they would be replaced at once, and take seconds for a ViT-B/16
+            model = open_clip.CLIP(**config["model_cfg"])
         incompatible = open_clip.load_checkpoint(model, str(weights_path), strict=True)
     except Exception as error:
         if isinstance(error, MemoryError | OSError) and not isinstance(error, FileNotFoundError):
@@ -91,10 +95,55 @@ def load_version(config_path: Path, weights_path: Path, architecture: str) -> Cl
         raise ModelError(f"cannot load {weights_path} as described by {config_path}: {error}") from error
     assert not incompatible or not any(incompatible), incompatible
     open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])
-    tokenizer = open_clip.SimpleTokenizer(
-        context_length=config["model_cfg"]["text_cfg"].get("context_length", 77)
-    )
+    tokenizer = plain_tokenizer(config["model_cfg"]["text_cfg"].get("context_length", 77))
     return _checked(Clip(model, architecture, config["model_cfg"], config["preprocess_cfg"], tokenizer))
+
+
+def reload_weights(clip: Clip, weights_path: Path) -> None:
+    """Load other weights of the same architecture into a model that is in memory.
+
+    Raises:
+        ModelError: the file is damaged, or is of another model.
+        OSError, MemoryError: the machine failed; says nothing about the file.
+    """
+    try:
+        incompatible = open_clip.load_checkpoint(clip.model, str(weights_path), strict=True)
+    except Exception as error:
+        if isinstance(error, MemoryError | OSError) and not isinstance(error, FileNotFoundError):
+            raise
+        raise ModelError(f"cannot load {weights_path} into {clip.architecture}: {error}") from error
+    assert not incompatible or not any(incompatible), incompatible
+
+
+def plain_tokenizer(context_length: int) -> Any:
+    """CLIP's own tokenizer; all of them share one vocabulary."""
+    tokenizer = copy.copy(vocabulary())
+    tokenizer.context_length = context_length
+    return tokenizer
+
+
+@functools.cache
+def vocabulary() -> Any:
+    """CLIP's own tokenizer of any context length, made once: it takes a fifth of a second."""
+    return open_clip.SimpleTokenizer()
+
+
+class _WithoutRandomWeights(TorchFunctionMode):
+    """Leaves new parameters as they lie in memory, for a model whose weights are all loaded next."""
+
+    # The last one is what timm makes normal numbers of uniform ones with.
+    _FILLS = frozenset(
+        {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "erfinv_"}
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Let every function run but those that fill with random numbers."""
+        del types
+        if getattr(func, "__name__", "") in self._FILLS and (args or kwargs):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _refuse_by_config(architecture: str) -> None:

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,11 +159,11 @@ def test_a_damaged_live_version_at_start_is_a_clear_error(serving: Path) -> None
 def test_a_switch_during_the_first_load_is_followed(serving: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the version to start on is pruned while it loads, the one that replaced it is taken."""
 
-    def load(directory: Path, *, threads: int | None = None) -> LoadedVersion:
+    def load(directory: Path, **options: Any) -> LoadedVersion:
         if directory.name == "0":
             point(serving, 2)
             (directory / "weights.safetensors").unlink()
-        return LoadedVersion(directory, threads=threads)
+        return LoadedVersion(directory, **options)
 
     monkeypatch.setattr(client, "LoadedVersion", load)
     with Client(serving) as own:
@@ -175,10 +176,10 @@ def test_a_failure_of_the_machine_is_tried_again(
     """Too little memory or too many open files pass: unlike a bad version, they are retried unchanged."""
     failures = [MemoryError(), OSError(24, "Too many open files"), OSError(5, "Input/output error")]
 
-    def load(directory: Path, *, threads: int | None = None) -> LoadedVersion:
+    def load(directory: Path, **options: Any) -> LoadedVersion:
         if directory.name == "1" and failures:
             raise failures.pop(0)
-        return LoadedVersion(directory, threads=threads)
+        return LoadedVersion(directory, **options)
 
     monkeypatch.setattr(client, "LoadedVersion", load)
     monkeypatch.setattr(target, "_FIRST_PAUSE_SECONDS", 0.05)
@@ -196,10 +197,10 @@ def test_a_lack_of_memory_told_as_a_bad_version_passes_without_a_second_report(
     """ONNX Runtime tells bad_alloc in its own words; the unchanged version is tried again and goes live."""
     failures = [VerifyError("ONNX Runtime cannot load it: std::bad_alloc") for _ in range(3)]
 
-    def load(directory: Path, *, threads: int | None = None) -> LoadedVersion:
+    def load(directory: Path, **options: Any) -> LoadedVersion:
         if directory.name == "1" and failures:
             raise failures.pop()
-        return LoadedVersion(directory, threads=threads)
+        return LoadedVersion(directory, **options)
 
     monkeypatch.setattr(client, "LoadedVersion", load)
     monkeypatch.setattr(target, "_LONGEST_PAUSE_SECONDS", 0.05)

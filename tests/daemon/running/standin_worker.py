@@ -145,7 +145,7 @@ def stage(home, batch, parent, behaviour):
 
 
 def main():
-    """The worker's command line, `adapt` only."""
+    """The worker's command line, `adapt` and `standby` only."""
     parser = argparse.ArgumentParser()
     parser.add_argument("command")
     parser.add_argument("--home", type=Path)
@@ -153,6 +153,11 @@ def main():
     parser.add_argument("--batch")
     parser.add_argument("--parent", type=int)
     options = parser.parse_args()
+    if options.command == "standby":
+        order = sys.stdin.readline()
+        if not order:
+            sys.exit(75)
+        options = parser.parse_args(json.loads(order)["arguments"])
     path = options.home / "behaviour.json"
     behaviour = json.loads(path.read_text()) if path.exists() else {}
     sys.exit(learn(options.home, options.batch, options.parent, behaviour))
