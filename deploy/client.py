@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from deploy.errors import ClientError, DeployError
 from deploy.preprocess import ImageSource
 from deploy.runtime import DEFAULT_TOP, LoadedVersion, Prediction
+from deploy.signing import TrustedKeys
 from deploy.target import Failure, Target, resolve_current, state_of
 
 POLL_SECONDS = 0.25
@@ -91,11 +92,13 @@ class Client:
         serving_dir: the store: the directory that holds `current` and `versions`.
         poll_seconds: how often to look at `current`.
         threads: ONNX Runtime threads per tower; by default the CPUs this process may run on.
+        trust: a file of public keys (PEM); a version that none of them has signed is refused.
         on_event: called with each ClientEvent, from the background thread (once from the constructor).
 
     Raises:
         StoreError: `current` is missing or leads nowhere.
         VerifyError, ManifestError: the live version is damaged.
+        SignatureError: it is not signed by a trusted key, or the keys cannot be read.
     """
 
     def __init__(
@@ -104,12 +107,14 @@ class Client:
         *,
         poll_seconds: float = POLL_SECONDS,
         threads: int | None = None,
+        trust: str | os.PathLike[str] | None = None,
         on_event: Callable[[ClientEvent], None] | None = None,
     ) -> None:
         if not poll_seconds > 0:
             raise ClientError(f"poll_seconds must be above 0, found {poll_seconds}")
         self._serving_dir = Path(serving_dir).absolute()
         self._threads = threads
+        self._trust = TrustedKeys.load(Path(trust)) if trust is not None else None
         self._on_event = on_event
         self._last_error: Exception | None = None
         self._failure: Failure | None = None
@@ -273,7 +278,7 @@ class Client:
     def _load(self, target: Target, *, remembered_labels: Sequence[str]) -> _Slot:
         """Load, check and warm a version; nobody waits for it but the first time."""
         started = time.monotonic()
-        loaded = LoadedVersion(target.directory, threads=self._threads)
+        loaded = LoadedVersion(target.directory, threads=self._threads, trust=self._trust)
         try:
             parity = loaded.check_parity()
             loaded.warm_up(labels=remembered_labels)

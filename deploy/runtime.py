@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from deploy.arrays import read_array, read_arrays
 from deploy.errors import ClientError, ImageError, VerifyError
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
@@ -34,6 +35,7 @@ from deploy.manifest import (
 )
 from deploy.opening import check_used_files, hold_shared_lock, open_session, open_tokenizer
 from deploy.preprocess import ImageSource, Preprocessing, decode_image
+from deploy.signing import TrustedKeys
 from deploy.verify import PARITY_TOLERANCE, check_embeddings
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -60,28 +62,31 @@ class LoadedVersion:
     Args:
         directory: versions/N of a store.
         threads: ONNX Runtime threads per tower; by default the CPUs this process may run on.
+        trust: keys, one of which must have signed the version; None: signatures are not looked at.
 
     Raises:
         VerifyError: a file is missing, damaged, or not what the manifest records.
         ManifestError: manifest.json or classes.json cannot be used.
     """
 
-    def __init__(self, directory: Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, threads: int | None = None, trust: TrustedKeys | None = None
+    ) -> None:
         # Resolved once: ONNX Runtime finds the weights beside the graph, and a path through `current`
         # could lead to another version between two opens.
         self.directory = directory.resolve()
         self._lock_descriptor = hold_shared_lock(self.directory / MANIFEST_NAME)
         try:
+            self.manifest: Manifest = (trust.load_manifest if trust else load_manifest)(self.directory)
             self._load(threads or len(os.sched_getaffinity(0)))
         except BaseException:
             self.close()
             raise
 
     def _load(self, threads: int) -> None:
-        self.manifest: Manifest = load_manifest(self.directory)
         check_used_files(self.directory, self.manifest)
         check_embeddings(self.directory, embed_dim=self.manifest.embed_dim)
-        self.class_embeddings: Float32 = np.load(self.directory / CLASS_EMBEDDINGS_NAME, allow_pickle=False)
+        self.class_embeddings: Float32 = read_array(self.directory / CLASS_EMBEDDINGS_NAME)
         self.class_embeddings.flags.writeable = False
         classes = load_classes(self.directory).classes
         self.class_names: tuple[str, ...] = tuple(entry.name for entry in classes)
@@ -193,12 +198,12 @@ class LoadedVersion:
         """
         path = self.directory / REFERENCE_NAME
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                pairs = (
-                    (self.encode_pixels(arrays["pixel_values"]), arrays["image_embeds"]),
-                    (self._run(self._text, "text_embeds", {"input_ids": arrays["input_ids"]}),
-                     arrays["text_embeds"]),
-                )  # fmt: skip
+            arrays = read_arrays(path)
+            pairs = (
+                (self.encode_pixels(arrays["pixel_values"]), arrays["image_embeds"]),
+                (self._run(self._text, "text_embeds", {"input_ids": arrays["input_ids"]}),
+                 arrays["text_embeds"]),
+            )  # fmt: skip
             # numpy's max, unlike Python's, does not lose a NaN.
             worst = float(np.max([np.abs(found - expected).max() for found, expected in pairs]))
         except Exception as error:  # a damaged archive and ONNX Runtime raise whatever they like

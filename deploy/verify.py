@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from deploy.arrays import read_array, read_arrays
 from deploy.errors import VerifyError, WeightsError
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
     GRAPH_NAMES,
-    MANIFEST_NAME,
     REFERENCE_NAME,
     REQUIRED_NAMES,
     TEXT_GRAPH_NAME,
+    UNLISTED_NAMES,
     VISION_GRAPH_NAME,
     WEIGHTS_NAME,
     FileRecord,
@@ -113,7 +114,7 @@ def check_files(directory: Path, expected: Mapping[str, FileRecord]) -> None:
     Raises:
         VerifyError: a file is missing, unexpected, a link or a directory, or has other bytes.
     """
-    found = {path.name: path for path in directory.iterdir() if path.name != MANIFEST_NAME}
+    found = {path.name: path for path in directory.iterdir() if path.name not in UNLISTED_NAMES}
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             hint = " (pruned to save space? then only its record is left)" if name == WEIGHTS_NAME else ""
@@ -139,10 +140,7 @@ def check_embeddings(directory: Path, *, embed_dim: int) -> None:
         ManifestError: the class list cannot be read.
     """
     path, expected = directory / CLASS_EMBEDDINGS_NAME, (len(load_classes(directory).classes), embed_dim)
-    try:
-        embeddings = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise VerifyError(f"{path} cannot be read as a numpy array: {error}") from error
+    embeddings = read_array(path)
     if embeddings.shape != expected or embeddings.dtype != np.float32:
         raise VerifyError(
             f"{path}: expected {expected} float32 (one row for each class of classes.json), "
@@ -193,11 +191,10 @@ def measure_parity(directory: Path, *, tolerance: float = PARITY_TOLERANCE) -> d
     Raises:
         VerifyError: a difference is above the tolerance (or not a number), or a file cannot be used.
     """
+    reference = read_arrays(directory / REFERENCE_NAME)
     try:
-        with np.load(directory / REFERENCE_NAME, allow_pickle=False) as arrays:
-            reference = dict(arrays)
         pairs = {tower: (reference[fed], reference[wanted]) for tower, (_, fed, wanted) in _TOWERS.items()}
-    except Exception as error:  # a damaged zip shows as any of six errors
+    except KeyError as error:
         raise VerifyError(f"{directory / REFERENCE_NAME} cannot be used: {error}") from error
     parity = {}
     for tower, (inputs, expected) in pairs.items():

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,9 +51,9 @@ def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that grows by a version's name whenever it is loaded."""
     loads: list[str] = []
 
-    def load(directory: Path, *, threads: int | None = None) -> LoadedVersion:
+    def load(directory: Path, **options: Any) -> LoadedVersion:
         loads.append(directory.name)
-        return LoadedVersion(directory, threads=threads)
+        return LoadedVersion(directory, **options)
 
     monkeypatch.setattr(client, "LoadedVersion", load)
     return loads
