@@ -30,7 +30,7 @@ def read_array(path: Path) -> NDArray[Any]:
             _check_header(file, size)
             file.seek(0)
             return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, RecursionError, SyntaxError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, RuntimeError, SyntaxError) as error:
         raise VerifyError(f"{path} cannot be read as a numpy array: {error}") from error
 
 
@@ -50,10 +50,16 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
                     f"found {len(members)} of {unpacked}"
                 )
             return {member.filename.removesuffix(".npy"): _read_member(archive, member) for member in members}
-    # NotImplementedError: a compression that this Python lacks; RuntimeError: encrypted.
+    # RuntimeError: encrypted, or a compression that this Python lacks.
     except (
-        OSError, ValueError, EOFError, MemoryError, RecursionError, SyntaxError, RuntimeError, zipfile.BadZipFile
-    ) as error:  # fmt: skip
+        OSError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        SyntaxError,
+        RuntimeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise VerifyError(f"{path} cannot be used: expected numpy arrays in a zip, found {error}") from error
 
 

@@ -158,8 +158,8 @@ class TrustedKeys:
             payload, signed = _open_envelope(signature)
         except (KeyError, TypeError, ValueError, IndexError, RecursionError, binascii.Error) as error:
             raise SignatureError(
-                f"{place / SIGNATURE_NAME} is not a signature that can be read: expected a Sigstore bundle of "
-                f"OpenSSF model signing, made with a key. ({error})"
+                f"{place / SIGNATURE_NAME} is not a signature that can be read: expected a Sigstore bundle "
+                f"of OpenSSF model signing, made with a key. ({error})"
             ) from error
         if not any(_has_signed(key, payload, signed) for key in self._keys):
             raise SignatureError(
