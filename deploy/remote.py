@@ -39,6 +39,10 @@ class Pointer(BaseModel):
     version: int = Field(ge=0)
     manifest_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
+    def to_json(self) -> bytes:
+        """The content of current.json."""
+        return self.model_dump_json(by_alias=True).encode()
+
 
 class Remote(Protocol):
     """A place with versions. Names are relative, made of our own parts, with `/` between them."""
@@ -137,7 +141,7 @@ class StoreRemote:
         """See Remote."""
         path = f"{self._root}/{name}"
         with (
-            _store_errors(name),
+            store_errors(name),
             self._files.open(path, "rb", block_size=4 * PIECE_BYTES, cache_type="readahead") as file,
         ):
             file.seek(offset)
@@ -176,7 +180,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _store_errors(name: str) -> Iterator[None]:
+def store_errors(name: str) -> Iterator[None]:
     """Turn whatever an object store's library raises into an OSError."""
     try:
         yield

@@ -33,6 +33,24 @@ def edge(tmp_path: Path) -> Path:
     return tmp_path / "edge"
 
 
+@pytest.fixture(scope="session")
+def pulled_once(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy whose live version is 0; not to be changed."""
+    folder = tmp_path_factory.mktemp("pulled")
+    source = folder / "source"
+    shutil.copytree(published, source, symlinks=True)
+    point(source, 0)
+    fetch(source, folder / "edge")
+    return folder / "edge"
+
+
+@pytest.fixture
+def copy_of_0(pulled_once: Path, edge: Path) -> Path:
+    """A copy of one's own that has pulled version 0."""
+    shutil.copytree(pulled_once, edge, symlinks=True)
+    return edge
+
+
 def fetch(source: Path, edge: Path, **options: Any) -> PullReport:
     """Pull from a folder."""
     return pull(FolderRemote(source), edge, PullOptions(**options))
@@ -112,9 +130,10 @@ def test_a_copy_follows_update_rollback_and_jump_with_the_same_hash(serving: Pat
         back = fetch(serving, edge)
         assert client.refresh() == 1
         expected = Client(serving)
-        assert client.encode_images(PICTURES[:1]).values.tolist() == expected.encode_images(
-            PICTURES[:1]
-        ).values.tolist()
+        assert (
+            client.encode_images(PICTURES[:1]).values.tolist()
+            == expected.encode_images(PICTURES[:1]).values.tolist()
+        )
         expected.close()
     assert back.deltas_folded == 0
     assert back.bytes_moved < 100_000
@@ -184,75 +203,48 @@ def change_manifest(serving: Path, version: int, change: Callable[[dict[str, Any
     path.write_text(json.dumps(document))
 
 
-def traversal(document: dict[str, Any]) -> None:
-    document["files"]["../../../escaped"] = document["files"]["classes.json"]
+def listing(name: str) -> Callable[[dict[str, Any]], None]:
+    """A manifest that lists one more file."""
+    return lambda document: document["files"].update({name: document["files"]["classes.json"]})
 
 
-def absolute(document: dict[str, Any]) -> None:
-    document["files"]["/tmp/escaped"] = document["files"]["classes.json"]  # noqa: S108 - never written
-
-
-def hidden(document: dict[str, Any]) -> None:
-    document["files"][".bashrc"] = document["files"]["classes.json"]
-
-
-def itself(document: dict[str, Any]) -> None:
-    document["files"]["manifest.json"] = document["files"]["classes.json"]
-
-
-def huge(document: dict[str, Any]) -> None:
-    document["files"]["classes.json"]["bytes"] = 1 << 50
-
-
-def huge_weights(document: dict[str, Any]) -> None:
-    document["files"]["weights.safetensors"]["bytes"] = 1 << 50
-
-
-def wrong_hash(document: dict[str, Any]) -> None:
-    document["files"]["classes.json"]["sha256"] = "0" * 64
-
-
-def wrong_weights(document: dict[str, Any]) -> None:
-    document["files"]["weights.safetensors"]["sha256"] = "0" * 64
-
-
-def wrong_number(document: dict[str, Any]) -> None:
-    document["version"] = 9
-
-
-def no_history(document: dict[str, Any]) -> None:
-    document["lineage"] = [{"batch": "unheard of", "delta_sha256": "0" * 64}]
+def recording(name: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
+    """A manifest that says something else of a file."""
+    return lambda document: document["files"][name].update(fields)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (traversal, "no name for a file"),
-        (absolute, "no name for a file"),
-        (hidden, "no name for a file"),
-        (itself, "no name for a file"),
-        (huge, "at most"),
-        (huge_weights, "at most"),
-        (wrong_hash, "not what its manifest records"),
-        (wrong_weights, "weights folded for version 1"),
-        (no_history, "history is not whole"),
+        (listing("../../../escaped"), "no name for a file"),
+        (listing("/tmp/escaped"), "no name for a file"),
+        (listing(".bashrc"), "no name for a file"),
+        (listing("manifest.json"), "no name for a file"),
+        (recording("classes.json", bytes=1 << 50), "at most"),
+        (recording(WEIGHTS_NAME, bytes=1 << 50), "at most"),
+        (recording("classes.json", sha256="0" * 64), "not what its manifest records"),
+        (recording(WEIGHTS_NAME, sha256="0" * 64), "weights folded for version 1"),
+        (
+            lambda document: document.update(lineage=[{"batch": "unheard of", "delta_sha256": "0" * 64}]),
+            "history is not whole",
+        ),
         (lambda document: document.pop("files"), "cannot be used"),
     ],
 )
 def test_a_hostile_remote_changes_nothing(
-    serving: Path, edge: Path, tmp_path: Path, change: Any, message: str
+    serving: Path, copy_of_0: Path, tmp_path: Path, change: Any, message: str
 ) -> None:
     """Names, sizes, hashes and history are checked; the live version stays, and nothing lies elsewhere."""
-    fetch(serving, edge)
+    edge = copy_of_0
     point(serving, 1)
     change_manifest(serving, 1, change)
-    before = sorted(os.listdir(tmp_path))
+    before = sorted(tmp_path.iterdir())
 
     with pytest.raises(DeployError, match=message):
         fetch(serving, edge)
 
     assert VersionStore(edge).current() == 0
-    assert sorted(os.listdir(tmp_path)) == before
+    assert sorted(tmp_path.iterdir()) == before
     assert VersionStore(edge).versions() in ([0], [0, 1])
     assert not VersionStore(edge).is_full(1)
 
@@ -270,10 +262,10 @@ def test_a_file_longer_than_its_record_is_cut_off(serving: Path, edge: Path) -> 
 
 
 def test_another_store_at_the_same_address_is_refused(
-    serving: Path, edge: Path, version_maker: Any, tmp_path: Path
+    serving: Path, copy_of_0: Path, version_maker: Any, tmp_path: Path
 ) -> None:
     """A store that was made anew shares numbers, not history."""
-    fetch(serving, edge)
+    edge = copy_of_0
     change_manifest(serving, 0, lambda document: document.update(operator="someone else"))
 
     with pytest.raises(ShareError, match="another one than"):
@@ -300,9 +292,9 @@ def test_only_forward_if_asked(serving: Path, edge: Path) -> None:
     assert fetch(serving, edge).version == 0
 
 
-def test_damaged_base_weights_are_told_and_fetched_anew(serving: Path, edge: Path) -> None:
+def test_damaged_base_weights_are_told_and_fetched_anew(serving: Path, copy_of_0: Path) -> None:
     """A bad disk here is no reason to give up for good."""
-    fetch(serving, edge)
+    edge = copy_of_0
     weights = edge / "versions/0" / WEIGHTS_NAME
     weights.chmod(0o644)
     with weights.open("r+b") as file:
@@ -316,11 +308,11 @@ def test_damaged_base_weights_are_told_and_fetched_anew(serving: Path, edge: Pat
     assert weights_of(edge, 1) == weights_of(serving, 1)
 
 
-def test_two_pulls_at_once_do_not_meet(serving: Path, edge: Path) -> None:
+def test_two_pulls_at_once_do_not_meet(serving: Path, copy_of_0: Path) -> None:
     """The second one says so."""
+    edge = copy_of_0
     import fcntl
 
-    fetch(serving, edge)
     with (edge / ".pull.lock").open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ShareError, match="another process pulls"):
