@@ -41,7 +41,7 @@ def mirror(options: Options, url: str, *, full: int, check: bool) -> None:
 @click.option("--max-bytes", type=click.IntRange(min=1), help="The largest weights file to accept.")
 @common_options
 @pass_options
-def pull(options: Options, url: str, directory: Path, **given: Any) -> None:
+def pull(options: Options, /, url: str, directory: Path, **given: Any) -> None:
     """Follow a store elsewhere (a path, http(s)://, s3://…) in DIRECTORY: deltas only, folded here."""
     from deploy.pull import PullOptions
     from deploy.remote import open_remote
@@ -62,9 +62,7 @@ def pull(options: Options, url: str, directory: Path, **given: Any) -> None:
 
 @click.command()
 @click.argument("repository", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--prefix", default="dynlora", show_default=True, help="The models are PREFIX_vision, PREFIX_text."
-)
+@click.option("--prefix", default="dynlora", show_default=True, help="Beginning of the models' names.")
 @click.option("--server", default="", metavar="URL", help="Have this Triton load them: http://host:8000.")
 @common_options
 @pass_options
@@ -107,7 +105,7 @@ def _watch(remote: Any, directory: Path, wanted: Any, *, seconds: float) -> None
     from deploy.errors import DeployError
     from deploy.pull import pull as fetch
 
-    logs.set_up("info")
+    logs.configure(logging.StreamHandler())
     should_stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: should_stop.set())

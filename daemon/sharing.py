@@ -1,4 +1,4 @@
-"""After each change of the live version: mirror it, and give it to Triton. In a thread, so that nothing waits.
+"""After each change of the live version: mirror it, give it to Triton. In a thread, so that nothing waits.
 
 Everything here is copying, in steps that may be cut short and repeated: at the start of the daemon it is done
 once, whatever was done before, and the thread dies with the process. Trouble is told and tried again.

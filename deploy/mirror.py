@@ -212,7 +212,8 @@ class _Work:
             return
         if found != (self._store.path(first) / MANIFEST_NAME).read_bytes():
             raise ShareError(
-                f"{name} there is another store's: nothing was written. Give another address, or empty that one."
+                f"{name} there is another store's: nothing was written. Give another address, "
+                "or empty that one."
             )
 
     def bring(self, number: int, manifest: Manifest, names: tuple[str, ...]) -> None:

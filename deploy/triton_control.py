@@ -79,8 +79,8 @@ def _ask(server: str, path: str, *, what: str, body: object = None) -> None:
         if attempt < _ATTEMPTS:
             time.sleep(_PAUSE_SECONDS * 2 ** (attempt - 1))
     raise ShareError(
-        f"Triton at {server} did not {what}, asked {_ATTEMPTS} times ({why}). What it had loaded still serves. "
-        "Is it started with --model-control-mode=explicit, and does it see the same repository?"
+        f"Triton at {server} did not {what}, asked {_ATTEMPTS} times ({why}). What it had loaded still "
+        "serves. Is it started with --model-control-mode=explicit, and does it see the same repository?"
     )
 
 

@@ -24,6 +24,7 @@ from deploy.remote import FolderRemote, open_remote
 from deploy.store import VersionStore
 from tests.deploy.swaps import PICTURES, point
 
+UNHEARD_OF = [{"batch": "unheard of", "delta_sha256": "0" * 64}]
 ROOT = Path(__file__).resolve().parents[2]
 
 

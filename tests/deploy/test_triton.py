@@ -1,4 +1,4 @@
-"""The Triton model repository: read back with ONNX Runtime, Triton's own protobuf, and a server that loads."""
+"""The Triton model repository: read back with ONNX Runtime, Triton's own protobuf, a server that loads."""
 
 import contextlib
 import http.server
@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from deploy import triton_control
+from deploy.copying import copy_file
 from deploy.errors import ShareError
 from deploy.manifest import load_manifest
 from deploy.runtime import LoadedVersion
@@ -162,14 +163,13 @@ def test_a_half_written_version_has_a_name_that_triton_ignores(
     serving: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut short at any copy, no folder that begins with a digit has appeared; the next run finishes it."""
-    copied = []
-    original = triton_control.Repository._add.__globals__["copy_file"]
+    copied: list[Path] = []
 
     def failing(source: Path, target: Path) -> bool:
         if len(copied) == 3:
             raise OSError(28, "No space left on device")
         copied.append(target)
-        return bool(original(source, target))
+        return copy_file(source, target)
 
     monkeypatch.setattr("deploy.triton.copy_file", failing)
     with pytest.raises(OSError, match="No space"):
