@@ -147,6 +147,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         WeightsError: the file is missing, cut short, or not a safetensors file.
     """
     metadata = _read_header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise WeightsError(f"{path}: its header's metadata is not a table of strings")
     return {str(key): str(value) for key, value in metadata.items()}
 
 
