@@ -1,6 +1,6 @@
 """What an edge machine moves per update, and that it ends with the same weights.
 
-    python -m benchmarks.pull [--quick] [--model ViT-B-16] [--updates 3] [--rank 8] [--output FILE]
+    python -m benchmarks.pull [--quick] [--model ViT-B-16] [--updates 3] [--rank 16] [--output FILE]
 
 A store of random weights (or of the bundled model) gets updates of random factors of one rank in every
 matrix that the learner adapts, which is what a delta weighs at worst: pruned ones are smaller. `dynlora pull`
@@ -46,7 +46,11 @@ from deploy.tokenize import build_tokenizer_json
 from deploy.weights import read_weights, write_weights
 from dynlora.clip import BUNDLED_CONFIG, BUNDLED_WEIGHTS
 
-ADAPTED = ("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight")
+# The attention and MLP matrices, under the names of open_clip's own towers and of timm's.
+ADAPTED = (
+    *("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight"),
+    *("attn.qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight"),
+)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -202,7 +206,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip architecture, or bundled")
     parser.add_argument("--quick", action="store_true", help="the bundled model, two updates")
     parser.add_argument("--updates", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=8, help="of every matrix; a pruned delta keeps less")
+    parser.add_argument("--rank", type=int, default=16, help="of every matrix; a pruned delta keeps less")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     model, updates = ("bundled", 2) if given.quick else (given.model, given.updates)
