@@ -1,6 +1,7 @@
 """Commands that only look: status, versions, show, classes, verify, check-config."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -82,16 +83,20 @@ def classes(options: Options) -> None:
 
 @click.command()
 @click.argument("version", required=False, type=click.IntRange(min=0))
+@click.option("--trust", type=click.Path(path_type=Path), help="Public keys (PEM); one must have signed it.")
 @common_options
 @pass_options
-def verify(options: Options, version: int | None) -> None:
+def verify(options: Options, version: int | None, *, trust: Path | None) -> None:
     """Re-read a version (default: the live one): checksums, graphs, parity with its reference outputs."""
     from daemon.progress import showing
+    from deploy.signing import TrustedKeys
     from deploy.verify import graph_hashes, verify_version
 
     store = options.store()
     number = store.current() if version is None else version
     manifest = store.manifest(number)
+    if trust is not None:
+        TrustedKeys.load(trust).load_manifest(store.path(number))
     parent = None if manifest.parent is None else graph_hashes(store.manifest(manifest.parent).files)
     with showing("warning") as view:
         view.update("verify", version=number)
@@ -101,6 +106,7 @@ def verify(options: Options, version: int | None) -> None:
         "files": len(report.files),
         "parity": report.parity,
         "structure_checked": report.structure_checked,
+        "signature_checked": trust is not None,
     }
     parity = ", ".join(f"{tower} {value:.1e}" for tower, value in report.parity.items())
     sentence = (

@@ -26,6 +26,13 @@ def check_template(template: str) -> str:
     return template
 
 
+def check_absolute(place: str) -> str:
+    """Raise ValueError for a path that depends on where the daemon was started."""
+    if place and "://" not in place and not place.startswith("/"):
+        raise ValueError("expected an absolute path or a URL")
+    return place
+
+
 class Section(BaseModel):
     """What all sections share: no unknown keys, no silent conversions, no change after loading."""
 
@@ -102,6 +109,33 @@ class AttemptsConfig(Section):
     backoff_seconds: float = Field(60.0, ge=0)
 
 
+class SigningConfig(Section):
+    """Whether versions are signed when they are published."""
+
+    key: str = ""  # a private key (PEM); empty: versions are not signed
+
+    _key = field_validator("key")(check_absolute)
+
+
+class MirrorConfig(Section):
+    """Where versions are copied to after each change of the live one."""
+
+    url: str = ""  # a folder or an object store (s3://…); empty: nowhere
+    full: int = Field(0, ge=0)  # versions that keep their weights there, beside the initial one
+
+    _url = field_validator("url")(check_absolute)
+
+
+class TritonConfig(Section):
+    """Which Triton server serves the same versions."""
+
+    repository: str = ""  # its model repository; empty: none
+    server: str = ""  # its HTTP address, to have models loaded; empty: nobody is told
+    prefix: str = "dynlora"
+
+    _repository = field_validator("repository")(check_absolute)
+
+
 class LogConfig(Section):
     """What is written down."""
 
@@ -118,6 +152,9 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     retention: RetentionConfig = RetentionConfig()
     attempts: AttemptsConfig = AttemptsConfig()
+    signing: SigningConfig = SigningConfig()
+    mirror: MirrorConfig = MirrorConfig()
+    triton: TritonConfig = TritonConfig()
     log: LogConfig = LogConfig()
 
     def inbox_dir(self, home: Path) -> Path:

@@ -14,6 +14,7 @@ from daemon.progress import View
 from daemon.publish import Publisher
 from daemon.requests import Answer, Request, run_or_request
 from daemon.revision import LONG_COMMANDS, Reviser
+from daemon.sharing import signer
 from daemon.spool import Spool
 from daemon.status import read_status
 from deploy.store import VersionStore
@@ -38,7 +39,9 @@ def carry_out(
         logs.log(event, level=level, **fields)
         EventLog(home).record(event, **fields)
 
-    publisher = Publisher(home, config, Spool(home), VersionStore(home / "serving"), tell)
+    publisher = Publisher(
+        home, config, Spool(home), VersionStore(home / "serving", sign=signer(config)), tell
+    )
     wake = threading.Event()
 
     def show(working: dict[str, Any]) -> None:

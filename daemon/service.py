@@ -22,13 +22,15 @@ from daemon.reception import Reception
 from daemon.recovery import missing_events
 from daemon.requests import Answer, Request, execute_pending
 from daemon.revision import LONG_COMMANDS, Reviser
+from daemon.sharing import Sharing, signer
 from daemon.spool import STATES, Spool
 from daemon.status import StatusFile, describe, is_full_disk, pin_fields
 from deploy.errors import DeployError
 from deploy.store import VersionStore
 
 SWEEP_SECONDS = 600.0
-AFTER_RESTART = ("inbox.path",)  # the watcher sits on that folder
+# The watcher sits on that folder; keys and targets of sharing are opened once.
+AFTER_RESTART = ("inbox.path", "signing.", "mirror.", "triton.")
 OUTCOMES = ("published", "held", "failed", "duplicate")
 
 
@@ -42,15 +44,17 @@ class Service:
     def __init__(self, home: Path, config: Config, *, view: View, launch: Launch) -> None:
         self._home, self._config, self._view = home, config, view
         self._spool = Spool(home)
-        self._store = VersionStore(home / "serving")
+        self._store = VersionStore(home / "serving", sign=signer(config))
         self._events = EventLog(home, max_bytes=config.log.events_max_bytes)
         self._status = StatusFile(home)
         self.reception = Reception(home, config, tell=self.tell)
         self._publisher = Publisher(home, config, self._spool, self._store, self.tell)
         self._lifecycle = Lifecycle(self._publisher, launch)
         self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
+        self._sharing = Sharing(home / "serving", config, self.tell)
         self._requests, self._inbox, self._learning, self._cleaning = (Part(self._explain) for _ in range(4))
-        self._parts = (self._learning, self._inbox, self._requests, self._cleaning)
+        self._spreading = Part(self._explain)
+        self._parts = (self._learning, self._inbox, self._requests, self._cleaning, self._spreading)
         self._answers: dict[str, Answer] = {}  # of requests that were executed on a disk too full to say so
         self._is_recovered = False
         self._sweep_at = 0.0
@@ -97,6 +101,7 @@ class Service:
         self._inbox.attempt(lambda: self.reception.tick(now), now)
         is_busy = self._learning.attempt(lambda: self._learn(now), now)
         self._cleaning.attempt(lambda: self._sweep(now), now)
+        self._spreading.attempt(self._sharing.tick, now)
         self._show()
         return is_busy
 
@@ -139,7 +144,7 @@ class Service:
         """
         before = dict(keys_of(self._config))
         changed = [key for key, value in keys_of(config) if value != before[key]]
-        late = [key for key in changed if key in AFTER_RESTART]
+        late = [key for key in changed if key.startswith(AFTER_RESTART)]
         self._config = config
         self.reception.reconfigure(config)
         self._publisher.config = config
@@ -167,13 +172,13 @@ class Service:
 
     def is_idle(self) -> bool:
         """Nothing is left to do: no drop on its way in, no batch to learn (or a pin keeps them waiting)."""
-        return self.reception.is_idle and self._is_worked_off()
+        return self.reception.is_idle and self._is_worked_off() and self._sharing.is_done()
 
     def why_stuck(self) -> str | None:
         """Why waiting will not help, in a sentence: trouble with learning, or trouble at the door and nothing
         else to do. None as long as something moves.
         """
-        at_the_door = self._inbox.trouble or self.reception.waits
+        at_the_door = self._inbox.trouble or self.reception.waits or self._spreading.trouble
         return self._learning.trouble or (at_the_door if self._is_worked_off() else None)
 
     def _is_worked_off(self) -> bool:

@@ -20,15 +20,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.answers import Classification as Classification
+from deploy.answers import ClientEvent as ClientEvent
+from deploy.answers import Embeddings as Embeddings
 from deploy.background import BackgroundThread, return_memory
 from deploy.errors import ClientError, DeployError
 from deploy.preprocess import ImageSource
-from deploy.runtime import DEFAULT_TOP, MAX_BATCH, LoadedVersion, Prediction
+from deploy.runtime import DEFAULT_TOP, MAX_BATCH, LoadedVersion
+from deploy.signing import TrustedKeys
 from deploy.stream import Question, StreamAnswer, answer_stream
 from deploy.target import Failure, Target, resolve_current, state_of
 
@@ -40,46 +44,6 @@ _FIRST_LOAD_ATTEMPTS = 5  # the publisher may switch and prune while the first v
 _log = logging.getLogger(__name__)
 
 Float32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Classification:
-    """The likeliest labels of one picture, best first, and the version that said so.
-
-    ``unknown`` is how unlike all labels the picture is, from 0 to 1, if that was asked for (deploy.unknown).
-    """
-
-    version: int
-    predictions: tuple[Prediction, ...]
-    unknown: float | None = None
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """L2-normalised embeddings, ``values`` (N, dim), and the version that computed them.
-
-    Only embeddings of the same version may be compared. numpy.asarray(embeddings) gives the values.
-    """
-
-    version: int
-    values: Float32
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: FBT001
-        return np.array(self.values, dtype=dtype, copy=copy)
-
-
-@dataclass(frozen=True)
-class ClientEvent:
-    """What the client did on its own; ``seconds`` is how long it took (0 where that says nothing).
-
-    ``loaded``: a version became the live one. ``rejected``: `current` leads to a version that cannot
-    be used (or nowhere); the old one goes on answering. ``released``: an old version was freed.
-    """
-
-    kind: Literal["loaded", "rejected", "released"]
-    version: int | None
-    detail: str
-    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -99,11 +63,13 @@ class Client:
         poll_seconds: how often to look at `current`.
         threads: ONNX Runtime threads per tower; by default the CPUs this process may use: those of its
             cpuset, or fewer where a container's quota is smaller.
+        trust: a file of public keys (PEM); a version that none of them has signed is refused.
         on_event: called with each ClientEvent, from the background thread (once from the constructor).
 
     Raises:
         StoreError: `current` is missing or leads nowhere.
         VerifyError, ManifestError: the live version is damaged.
+        SignatureError: it is not signed by a trusted key, or the keys cannot be read.
     """
 
     def __init__(
@@ -112,12 +78,14 @@ class Client:
         *,
         poll_seconds: float = POLL_SECONDS,
         threads: int | None = None,
+        trust: str | os.PathLike[str] | None = None,
         on_event: Callable[[ClientEvent], None] | None = None,
     ) -> None:
         if not poll_seconds > 0:
             raise ClientError(f"poll_seconds must be above 0, found {poll_seconds}")
         self._serving_dir = Path(serving_dir).absolute()
         self._threads = threads
+        self._trust = TrustedKeys.load(Path(trust)) if trust is not None else None
         self._on_event = on_event
         self._last_error: Exception | None = None
         self._failure: Failure | None = None
@@ -333,7 +301,7 @@ class Client:
         """
         started = time.monotonic()
         aside = self._background.run
-        loaded = LoadedVersion(target.directory, threads=self._threads, aside=aside)
+        loaded = LoadedVersion(target.directory, threads=self._threads, trust=self._trust, aside=aside)
         try:
             parity = aside(loaded.check_parity)
             aside(lambda: _warm_up(loaded, before))

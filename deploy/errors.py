@@ -7,6 +7,8 @@
     ├── DeltaError       a delta cannot be folded into these weights
     ├── ExportError      the model cannot be turned into the two graphs
     ├── VerifyError      a version is not what its manifest says
+    │   └── SignatureError   nobody who is trusted has signed it
+    ├── ShareError       a version could not be taken to another place, or fetched from one
     ├── ImageError       a picture cannot be used (the sender's fault; see .reason)
     └── ClientError      the client was asked for something it cannot do
 
@@ -42,6 +44,14 @@ class ExportError(DeployError):
 
 class VerifyError(DeployError):
     """A version differs from what its manifest or its parent promises."""
+
+
+class SignatureError(VerifyError):
+    """A version's signature is missing, or not made with a trusted key, or a key cannot be used."""
+
+
+class ShareError(DeployError):
+    """A mirror, a model repository or a remote store cannot be used, or holds what it must not."""
 
 
 class ImageError(DeployError):

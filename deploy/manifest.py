@@ -38,6 +38,9 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 TOKENIZER_NAME = "tokenizer.json"
 REFERENCE_NAME = "reference.npz"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
+# Over manifest.json, which holds every other file's hash; so neither of the two is listed in it.
+SIGNATURE_NAME = "model.sig"
+UNLISTED_NAMES = (MANIFEST_NAME, SIGNATURE_NAME)
 
 GRAPH_NAMES = (VISION_GRAPH_NAME, TEXT_GRAPH_NAME)
 # What every version holds beside manifest.json; delta.safetensors comes on top from version 1 on.
@@ -54,6 +57,7 @@ REQUIRED_NAMES = (
 
 _SHA256 = r"^[0-9a-f]{64}$"
 _BLOCK_BYTES = 1 << 20
+_MAX_JSON_BYTES = 64 << 20  # a hundred thousand classes need a third of it
 
 
 class _Model(BaseModel):
@@ -201,6 +205,15 @@ def load_manifest(directory: Path) -> Manifest:
     return _load(Manifest, directory / MANIFEST_NAME)
 
 
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    """Return what a manifest.json says; ``path`` is where it came from, for the message.
+
+    Raises:
+        ManifestError: it is not JSON, of another schema, or has missing or unknown fields.
+    """
+    return _parse(Manifest, content, path)
+
+
 def save_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``directory``/manifest.json durably."""
     _save(directory / MANIFEST_NAME, manifest)
@@ -237,8 +250,8 @@ def record_of(pieces: Iterable[bytes | memoryview]) -> FileRecord:
 
 
 def record_files(directory: Path) -> dict[str, FileRecord]:
-    """Return a record of every file of a version directory, manifest.json apart, in name order."""
-    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST_NAME)
+    """Return a record of every file that a manifest lists of a version directory, in name order."""
+    names = sorted(path.name for path in directory.iterdir() if path.name not in UNLISTED_NAMES)
     return {name: file_record(directory / name) for name in names}
 
 
@@ -246,13 +259,26 @@ ModelT = TypeVar("ModelT", bound=_Model)
 
 
 def _load(model: type[ModelT], path: Path) -> ModelT:
+    return _parse(model, _read_limited(path), path)
+
+
+def _read_limited(path: Path) -> bytes:
     try:
-        return model.model_validate_json(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON_BYTES + 1)
     except FileNotFoundError as error:
         raise ManifestError(
             f"{path} does not exist. A version always holds {path.name}: this directory is not a version, "
             "or was not copied whole."
         ) from error
+    if len(content) > _MAX_JSON_BYTES:
+        raise ManifestError(f"{path} cannot be used: expected at most {_MAX_JSON_BYTES} bytes, found more")
+    return content
+
+
+def _parse(model: type[ModelT], content: bytes, path: Path) -> ModelT:
+    try:
+        return model.model_validate_json(content)
     except ValidationError as error:
         raise ManifestError(f"{path} cannot be used: {_first_problem(error)}") from error
 

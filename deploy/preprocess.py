@@ -89,7 +89,7 @@ class Preprocessing:
                     "fill_color": config.get("fill_color", 0),
                 }
             )
-        except (VerifyError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (VerifyError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise VerifyError(
                 f"{path} cannot be used: expected a CLIPImageProcessor's preprocessor_config.json, found "
                 f"{error}. Copy or download the version again."

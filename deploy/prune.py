@@ -16,11 +16,19 @@ from deploy.manifest import (
     DELTA_NAME,
     MANIFEST_NAME,
     REFERENCE_NAME,
+    SIGNATURE_NAME,
     WEIGHTS_NAME,
 )
 
 # Enough to tell the history, to recognise a batch, and to rebuild the version from version 0.
-KEPT_WHEN_PRUNED = (MANIFEST_NAME, DELTA_NAME, CLASSES_NAME, CLASS_EMBEDDINGS_NAME, REFERENCE_NAME)
+KEPT_WHEN_PRUNED = (
+    MANIFEST_NAME,
+    DELTA_NAME,
+    CLASSES_NAME,
+    CLASS_EMBEDDINGS_NAME,
+    REFERENCE_NAME,
+    SIGNATURE_NAME,
+)
 
 
 def prune_version(directory: Path) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from deploy.arrays import read_array, read_arrays
 from deploy.cpus import usable_cpus
 from deploy.errors import ClientError, ImageError, VerifyError
 from deploy.manifest import (
@@ -35,6 +36,7 @@ from deploy.manifest import (
 )
 from deploy.opening import check_used_files, hold_shared_lock, open_session, open_tokenizer
 from deploy.preprocess import ImageSource, Preprocessing, decode_image
+from deploy.signing import TrustedKeys
 from deploy.unknown import BACKGROUND, choose_background, rows_beside, unknown_scores
 from deploy.verify import PARITY_TOLERANCE, check_embeddings
 
@@ -70,6 +72,7 @@ class LoadedVersion:
     Args:
         directory: versions/N of a store.
         threads: ONNX Runtime threads per tower; by default the CPUs this process may use.
+        trust: keys, one of which must have signed the version; None: signatures are not looked at.
         aside: runs the checking of the files, for whoever wants it done in a thread of low priority.
 
     Raises:
@@ -77,13 +80,20 @@ class LoadedVersion:
         ManifestError: manifest.json or classes.json cannot be used.
     """
 
-    def __init__(self, directory: Path, *, threads: int | None = None, aside: Aside = _at_once) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        threads: int | None = None,
+        trust: TrustedKeys | None = None,
+        aside: Aside = _at_once,
+    ) -> None:
         # Resolved once: ONNX Runtime finds the weights beside the graph, and a path through `current`
         # could lead to another version between two opens.
         self.directory = directory.resolve()
         self._lock_descriptor = hold_shared_lock(self.directory / MANIFEST_NAME)
         try:
-            self.manifest: Manifest = load_manifest(self.directory)
+            self.manifest: Manifest = (trust.load_manifest if trust else load_manifest)(self.directory)
             aside(lambda: check_used_files(self.directory, self.manifest))
             self._load(threads or usable_cpus())
         except BaseException:
@@ -92,7 +102,7 @@ class LoadedVersion:
 
     def _load(self, threads: int) -> None:
         check_embeddings(self.directory, embed_dim=self.manifest.embed_dim)
-        self.class_embeddings: Float32 = np.load(self.directory / CLASS_EMBEDDINGS_NAME, allow_pickle=False)
+        self.class_embeddings: Float32 = read_array(self.directory / CLASS_EMBEDDINGS_NAME)
         self.class_embeddings.flags.writeable = False
         classes = load_classes(self.directory).classes
         self.class_names: tuple[str, ...] = tuple(entry.name for entry in classes)
@@ -255,10 +265,10 @@ class LoadedVersion:
         """
         path = self.directory / REFERENCE_NAME
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                vision = self.encode_pixels(arrays["pixel_values"]) - arrays["image_embeds"]
-                text = self._run(self._text, "text_embeds", {"input_ids": arrays["input_ids"]})
-                text = text - arrays["text_embeds"]
+            arrays = read_arrays(path)
+            vision = self.encode_pixels(arrays["pixel_values"]) - arrays["image_embeds"]
+            text = self._run(self._text, "text_embeds", {"input_ids": arrays["input_ids"]})
+            text = text - arrays["text_embeds"]
             parity = {"vision": float(np.abs(vision).max()), "text": float(np.abs(text).max())}
         except Exception as error:  # a damaged archive and ONNX Runtime raise whatever they like
             raise VerifyError(f"{path} cannot be used to check version {self.version}: {error}") from error

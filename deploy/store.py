@@ -19,7 +19,7 @@ Which files make a version, and whether they fit together, is deploy.manifest's 
 import contextlib
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from deploy import atomic
@@ -53,7 +53,12 @@ class VersionStore(StoreReader):
 
     Args:
         serving_dir: the directory that holds ``current`` and ``versions/``.
+        sign: called with a version's directory once its manifest is written, before it is visible.
     """
+
+    def __init__(self, serving_dir: Path, *, sign: Callable[[Path], None] | None = None) -> None:
+        super().__init__(serving_dir)
+        self._sign = sign
 
     def create(self) -> None:
         """Make the directories of an empty store; fine if they are there."""
@@ -202,6 +207,8 @@ class VersionStore(StoreReader):
         check_files(staging, manifest.files)
         save_manifest(staging, manifest)
         (staging / MANIFEST_NAME).chmod(0o444)
+        if self._sign is not None:
+            self._sign(staging)
         if load_manifest(staging) != manifest:
             raise VerifyError(f"{staging / MANIFEST_NAME} does not read back as it was written")
 

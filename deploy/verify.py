@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from deploy.arrays import read_array, read_arrays
 from deploy.cpus import usable_cpus
 from deploy.errors import VerifyError, WeightsError
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
     GRAPH_NAMES,
-    MANIFEST_NAME,
     REFERENCE_NAME,
     REQUIRED_NAMES,
     TEXT_GRAPH_NAME,
+    UNLISTED_NAMES,
     VISION_GRAPH_NAME,
     WEIGHTS_NAME,
     FileRecord,
@@ -111,7 +112,7 @@ def check_staged(
         ManifestError: the class list cannot be read.
     """
     _check_form(directory, embed_dim, parent_graphs)
-    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST_NAME)
+    names = sorted(path.name for path in directory.iterdir() if path.name not in UNLISTED_NAMES)
     return {name: known[name] if name in known else file_record(directory / name) for name in names}
 
 
@@ -140,7 +141,7 @@ def check_files(directory: Path, expected: Mapping[str, FileRecord]) -> None:
     Raises:
         VerifyError: a file is missing, unexpected, a link or a directory, or has other bytes.
     """
-    found = {path.name: path for path in directory.iterdir() if path.name != MANIFEST_NAME}
+    found = {path.name: path for path in directory.iterdir() if path.name not in UNLISTED_NAMES}
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             hint = " (thinned? `dynlora rebuild` brings it back)" if name == WEIGHTS_NAME else ""
@@ -166,10 +167,7 @@ def check_embeddings(directory: Path, *, embed_dim: int) -> None:
         ManifestError: the class list cannot be read.
     """
     path, expected = directory / CLASS_EMBEDDINGS_NAME, (len(load_classes(directory).classes), embed_dim)
-    try:
-        embeddings = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise VerifyError(f"{path} cannot be read as a numpy array: {error}") from error
+    embeddings = read_array(path)
     if embeddings.shape != expected or embeddings.dtype != np.float32:
         raise VerifyError(
             f"{path}: expected {expected} float32 (one row for each class of classes.json), "
@@ -220,11 +218,10 @@ def measure_parity(directory: Path, *, tolerance: float = PARITY_TOLERANCE) -> d
     Raises:
         VerifyError: a difference is above the tolerance (or not a number), or a file cannot be used.
     """
+    reference = read_arrays(directory / REFERENCE_NAME)
     try:
-        with np.load(directory / REFERENCE_NAME, allow_pickle=False) as arrays:
-            reference = dict(arrays)
         pairs = {tower: (reference[fed], reference[wanted]) for tower, (_, fed, wanted) in _TOWERS.items()}
-    except Exception as error:  # a damaged zip shows as any of six errors
+    except KeyError as error:
         raise VerifyError(f"{directory / REFERENCE_NAME} cannot be used: {error}") from error
     parity = {}
     for tower, (inputs, expected) in pairs.items():

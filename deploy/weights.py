@@ -33,7 +33,7 @@ Prepare = Callable[[str, Array], Array]
 ALIGNMENT_BYTES = 4096
 # The default header of a weights file; the graphs' offsets rely on it never changing.
 _METADATA: Mapping[str, str] = {"format": "pt"}
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_MAX_HEADER_BYTES = 16 << 20  # the largest CLIP needs a hundredth; JSON grows tenfold when it is parsed
 _PIECE_BYTES = 8 << 20
 _SMALL_BYTES = 1 << 18
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -182,6 +182,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         WeightsError: the file is missing, cut short, or not a safetensors file.
     """
     metadata = _read_header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise WeightsError(f"{path}: its header's metadata is not a table of strings")
     return {str(key): str(value) for key, value in metadata.items()}
 
 
@@ -243,9 +245,14 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             f"{path} is cut short: expected at least {8 + length} bytes of header, found {size}. "
             "Copy or download it again."
         )
+    if length > _MAX_HEADER_BYTES:
+        raise WeightsError(
+            f"{path} is not a weights file: expected a header of at most {_MAX_HEADER_BYTES} bytes, "
+            f"found one of {length}"
+        )
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is not a safetensors file: its header is not JSON.") from error
     if not isinstance(header, dict):
         raise WeightsError(f"{path} is not a safetensors file: its header is not a JSON object.")
@@ -274,12 +281,12 @@ def _entry(path: Path, name: str, value: Any) -> tuple[TensorSpec, int, int]:
     try:
         spec = TensorSpec(tuple(int(side) for side in value["shape"]), _DTYPES[value["dtype"]])
         begin, end = (int(offset) for offset in value["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WeightsError(
             f"{path}: the header entry of tensor {name} cannot be used: expected dtype (one of "
             f"{', '.join(_DTYPES)}), shape and data_offsets, found {str(value)[:120]}"
         ) from error
-    if begin < 0 or end - begin != spec.size_bytes:
+    if begin < 0 or end - begin != spec.size_bytes or any(side < 0 for side in spec.shape):
         raise WeightsError(
             f"{path}: tensor {name} needs {spec.size_bytes} bytes, its header entry gives {end - begin}"
         )

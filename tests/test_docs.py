@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = ROOT / "README.md"
 DYNLORA = Path(sys.executable).with_name("dynlora")
-KNOWN_PROGRAMS = {"cp", "mkdir", "ls", "python", "pip", "systemctl", "usermod"}
+KNOWN_PROGRAMS = {"cp", "mkdir", "ls", "openssl", "python", "pip", "systemctl", "usermod"}
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -141,9 +141,9 @@ def test_every_decision_is_listed() -> None:
 
 
 def test_changelog_and_package_have_one_version() -> None:
-    """The newest entry of the changelog is the version that is installed."""
+    """The newest entry of the changelog that is released is the version that is installed."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    newest = re.search(r"^## \[(\d.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
     assert newest is not None
     assert newest[1] == version

@@ -1,0 +1,204 @@
+"""How a version that was made elsewhere gets into a store: fetched, folded, checked, then given its number.
+
+A version arrives in `.staging-pull-<number>-<hash>`, and is renamed to its number when it is whole. An
+ancestor arrives thin, as manifest and delta. One that is here thin and becomes live again is completed in
+place, the weights last: until then it does not count as whole.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from deploy import atomic
+from deploy.ancestry import delta_versions, nearest_base
+from deploy.arriving import Arriving, Catalogue
+from deploy.copying import copy_file
+from deploy.delta import load_delta, write_folded
+from deploy.errors import ShareError, StoreError
+from deploy.fetch import PART_SUFFIX, Fetcher
+from deploy.manifest import (
+    DELTA_NAME,
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    WEIGHTS_NAME,
+    FileRecord,
+    Manifest,
+    file_record,
+)
+from deploy.store_reader import VERSIONS_NAME, StoreReader
+from deploy.verify import verify_version
+from deploy.weights import read_weights
+
+STAGING_PREFIX = ".staging-pull-"
+
+
+class Installer:
+    """Brings versions of a catalogue into the store. The caller holds the store's lock."""
+
+    def __init__(self, fetcher: Fetcher, store: StoreReader, catalogue: Catalogue) -> None:
+        self._fetch, self._store, self._catalogue = fetcher, store, catalogue
+
+    def install(self, head: Arriving) -> int:
+        """Bring a version in, whole and checked, and return how many deltas were folded for it.
+
+        Raises:
+            As deploy.pull.pull.
+        """
+        known = self._catalogue.history(head)
+        number = head.manifest.version
+        if self._store.is_full(number):
+            return 0
+        self._drop_stagings(but=map(self._catalogue.known, known))
+        wanted = delta_versions(head.manifest.lineage, known)
+        initial = min(known)
+        if not self._store.is_full(initial):
+            self._install_initial(self._catalogue.known(initial))
+        for other in wanted:
+            if other != number and not (self._store.path(other) / DELTA_NAME).is_file():
+                self._install_thin(self._catalogue.known(other))
+        staging = self._stage(head)
+        self._gather(head, staging)
+        folded = self._fold(head, staging, known, wanted)
+        self._seal(head, staging)
+        verify_version(staging)
+        self._settle(staging, number)
+        return folded
+
+    def clean(self) -> None:
+        """Remove what broken-off pulls left."""
+        self._drop_stagings(but=())
+        for directory in (self._store.serving_dir, self._store.versions_dir):
+            for path in list(directory.glob(f"{atomic.TEMPORARY_PREFIX}*")):
+                atomic.remove_tree(path)
+
+    def _drop_stagings(self, *, but: Iterable[Arriving]) -> None:
+        """Remove staging directories of versions that are not coming any more."""
+        kept = {_staging_name(arriving) for arriving in but}
+        for path in list(self._store.versions_dir.glob(f"{STAGING_PREFIX}*")):
+            if path.name not in kept:
+                atomic.remove_tree(path)
+
+    def _install_initial(self, arriving: Arriving) -> None:
+        """Bring in the version that all others are folded from, weights and all."""
+        staging = self._stage(arriving)
+        self._gather(arriving, staging)
+        record = arriving.manifest.files[WEIGHTS_NAME]
+        if not _has(staging / WEIGHTS_NAME, record):
+            self._fetch.file(self._remote_name(arriving, WEIGHTS_NAME), record, staging / WEIGHTS_NAME)
+        self._seal(arriving, staging)
+        self._settle(staging, arriving.manifest.version)
+
+    def _install_thin(self, arriving: Arriving) -> None:
+        """Bring in an ancestor's manifest and delta."""
+        staging = self._stage(arriving)
+        record = arriving.manifest.files[DELTA_NAME]
+        self._obtain(arriving, DELTA_NAME, record, staging / DELTA_NAME)
+        self._seal(arriving, staging)
+        self._settle(staging, arriving.manifest.version)
+
+    def _stage(self, arriving: Arriving) -> Path:
+        staging = self._store.versions_dir / _staging_name(arriving)
+        atomic.make_dir(staging)
+        return staging
+
+    def _gather(self, arriving: Arriving, staging: Path) -> None:
+        """Put every file but the weights into a staging directory."""
+        for name, record in sorted(arriving.manifest.files.items()):
+            if name != WEIGHTS_NAME:
+                self._obtain(arriving, name, record, staging / name)
+
+    def _obtain(self, arriving: Arriving, name: str, record: FileRecord, target: Path) -> None:
+        """Have a file in its place: it is there already, a version here has the same, or it is fetched."""
+        if _has(target, record):
+            return
+        target.unlink(missing_ok=True)
+        for source in self._same_here(name, record):
+            copy_file(source, target)
+            if _has(target, record):
+                return
+            target.unlink()  # it was damaged here
+        self._fetch.file(self._remote_name(arriving, name), record, target)
+
+    def _same_here(self, name: str, record: FileRecord) -> Iterator[Path]:
+        """The files of versions here that ought to be the same."""
+        for number in reversed(self._store.versions()):
+            path = self._store.path(number) / name
+            with contextlib.suppress(StoreError):
+                if path.is_file() and self._store.manifest(number).files.get(name) == record:
+                    yield path
+
+    def _fold(self, head: Arriving, staging: Path, known: dict[int, Manifest], wanted: list[int]) -> int:
+        """Write the weights from the nearest ones that are here; return how many deltas that took."""
+        record = head.manifest.files[WEIGHTS_NAME]
+        if _has(staging / WEIGHTS_NAME, record):
+            return 0
+        whole = {number: known[number] for number in known if self._store.is_full(number)}
+        found = None
+        for base in dict.fromkeys((nearest_base(head.manifest, whole), min(known))):
+            if base is None:
+                continue
+            places = [
+                staging if number == head.manifest.version else self._store.path(number)
+                for number in wanted[len(known[base].lineage) :]
+            ]
+            deltas = [load_delta(place / DELTA_NAME) for place in places]
+            weights = read_weights(self._store.path(base) / WEIGHTS_NAME)
+            found = write_folded(staging / WEIGHTS_NAME, weights, deltas)
+            if found == record:
+                return len(deltas)
+        atomic.remove_file(staging / WEIGHTS_NAME)
+        self._drop_damaged_initial(min(known), known[min(known)].files[WEIGHTS_NAME])
+        raise ShareError(
+            f"the weights folded for version {head.manifest.version} are not what its manifest records: "
+            f"expected sha256 {record.sha256}, found {found.sha256 if found else 'nothing'}. "
+            "The live version stays; verify the store they come from."
+        )
+
+    def _drop_damaged_initial(self, number: int, record: FileRecord) -> None:
+        """Remove the weights that all others are folded from where they are damaged.
+
+        Raises:
+            ShareError: they are, and the next pull will fetch them anew.
+        """
+        path = self._store.path(number) / WEIGHTS_NAME
+        if not _has(path, record):
+            atomic.remove_file(path)
+            raise ShareError(f"{path} was damaged and has been removed: pull again, which fetches it anew")
+
+    def _remote_name(self, arriving: Arriving, name: str) -> str:
+        return f"{VERSIONS_NAME}/{arriving.manifest.version}/{name}"
+
+    def _seal(self, arriving: Arriving, staging: Path) -> None:
+        """Add manifest and signature as they came, drop what is not of this version, and flush."""
+        (staging / MANIFEST_NAME).unlink(missing_ok=True)
+        (staging / SIGNATURE_NAME).unlink(missing_ok=True)
+        (staging / MANIFEST_NAME).write_bytes(arriving.content)
+        if arriving.signature:
+            (staging / SIGNATURE_NAME).write_bytes(arriving.signature)
+        for path in list(staging.iterdir()):
+            if path.name.endswith(PART_SUFFIX) or path.name.startswith(atomic.TEMPORARY_PREFIX):
+                path.unlink()
+            else:
+                path.chmod(0o444)
+        atomic.fsync_tree(staging)
+
+    def _settle(self, staging: Path, number: int) -> None:
+        """Give a sealed staging directory its number, or complete the one that has it."""
+        target = self._store.path(number)
+        if not target.exists():
+            atomic.rename(staging, target)
+            return
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == WEIGHTS_NAME):
+            path.rename(target / path.name)
+        atomic.fsync_dir(target)
+        atomic.remove_tree(staging)
+
+
+def _staging_name(arriving: Arriving) -> str:
+    return f"{STAGING_PREFIX}{arriving.manifest.version}-{hashlib.sha256(arriving.content).hexdigest()[:12]}"
+
+
+def _has(path: Path, record: FileRecord) -> bool:
+    """Tell whether a file is what it must be."""
+    return path.is_file() and path.stat().st_size == record.bytes and file_record(path) == record
