@@ -25,9 +25,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.answers import Classification as Classification
-from deploy.answers import ClientEvent as ClientEvent
-from deploy.answers import Embeddings as Embeddings
+from deploy.answers import Classification, ClientEvent, Embeddings
 from deploy.background import BackgroundThread, return_memory
 from deploy.errors import ClientError, DeployError
 from deploy.preprocess import ImageSource
@@ -35,6 +33,8 @@ from deploy.runtime import DEFAULT_TOP, MAX_BATCH, LoadedVersion
 from deploy.signing import TrustedKeys
 from deploy.stream import Question, StreamAnswer, answer_stream
 from deploy.target import Failure, Target, resolve_current, state_of
+
+__all__ = ["Classification", "Client", "ClientEvent", "Embeddings"]
 
 POLL_SECONDS = 0.25
 STREAM_BATCH = 8
