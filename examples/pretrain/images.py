@@ -109,6 +109,12 @@ def recolour(images: Tensor, generator: torch.Generator, strength: float = 0.3) 
     return (gray + (images - gray) * s).clamp(0, 1)
 
 
+def coarsen(images: Tensor, factor: float) -> Tensor:
+    """What is left of images that were `factor` times as wide and high: for pictures that were small once."""
+    small = F.interpolate(images, scale_factor=factor, mode="area")
+    return F.interpolate(small, size=images.shape[-2:], mode="bicubic", align_corners=False).clamp(0, 1)
+
+
 def normalize(images: Tensor) -> Tensor:
     """CLIP's mean and deviation."""
     return (images - MEAN) / STD

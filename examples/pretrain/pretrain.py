@@ -103,7 +103,7 @@ def train_images(args: argparse.Namespace) -> None:
     clip = fresh_clip(args.seed)
     train = load(args.data, args.split, side(clip))
     print(f"images: {len(train.labels)} of {len(train.classes)} classes", flush=True)
-    distilled = args.work / "words.safetensors"
+    distilled = args.start or args.work / "words.safetensors"
     if distilled.exists():
         clip.model.load_state_dict(load_file(distilled), strict=False)
     recipe = Recipe(
@@ -211,6 +211,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--names", type=Path, help="JSON that says what the classes are in WordNet")
     parser.add_argument("--packs", type=Path, default=Path("../shared/data"), help="image packs to score on")
     parser.add_argument("--weights", type=Path, help="score these instead of WORK's")
+    parser.add_argument("--start", type=Path, help="weights to go on from, instead of WORK's words")
     parser.add_argument("--wordnet", type=Path, default=DEFAULT_PATH)
     parser.add_argument("--steps", type=int, default=4000, help="of the words stage")
     parser.add_argument("--peak", type=float, default=1.5e-3, help="learning rate")

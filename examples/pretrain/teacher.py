@@ -124,5 +124,5 @@ def _compress(boxes: Tensor, features: Tensor, classifier: nn.Module) -> Views:
 
 
 def soft_labels(logits: Tensor, own: Tensor, *, trust: float) -> Tensor:
-    """(B, 1000): `trust` to the teacher's opinion, the rest to the image's own class, `own` (B,)."""
+    """Shares like `logits` (B, C): `trust` to the teacher, the rest to the image's own class, `own` (B,)."""
     return trust * logits.softmax(dim=1) + (1 - trust) * F.one_hot(own, logits.shape[1])
