@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from daemon import cli_feed, cli_look, cli_steer
+from daemon import cli_feed, cli_look, cli_serve, cli_steer
 from daemon.errors import DaemonError
 from daemon.output import Options, common_options
 from daemon.status import describe
@@ -23,6 +23,7 @@ from deploy.errors import DeployError
 COMMANDS = (
     *(cli_feed.init, cli_feed.run, cli_feed.submit),
     *(cli_look.status, cli_look.versions, cli_look.show, cli_look.classes, cli_look.verify),
+    cli_serve.serve,
     *(cli_steer.rollback, cli_steer.unpin, cli_steer.classify, cli_look.check_config),
 )
 

@@ -100,6 +100,11 @@ class LoadedVersion:
         """The version's number."""
         return self.manifest.version
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids are below this number."""
+        return self._tokenizer.vocabulary_size
+
     def close(self) -> None:
         """Free the sessions and let go of the lock; no method may be running or called after."""
         self._vision = self._text = None
@@ -143,6 +148,14 @@ class LoadedVersion:
         _expect_list(texts, "texts")
         return self._run(self._text, "text_embeds", {"input_ids": self._tokenizer(texts)})
 
+    def encode_ids(self, input_ids: Int64) -> Float32:
+        """Return L2-normalised embeddings (N, dim) of token ids (N, context_length)."""
+        return self._run(self._text, "text_embeds", {"input_ids": input_ids})
+
+    def tokenize(self, texts: Sequence[str]) -> Int64:
+        """Return token ids (N, context_length) of N texts, each cut to the context length."""
+        return self._tokenizer(texts)
+
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | str) -> Float32:
         """Return (N, dim): each name in its template (or the one template), as classes.json has them.
 
@@ -175,8 +188,18 @@ class LoadedVersion:
             ClientError: there is nothing to choose from.
             ImageError: a picture cannot be used.
         """
+        return self.rank(self.encode_images(images), labels, top=top)
+
+    def rank(
+        self, image_embeds: Float32, labels: Sequence[str] | None = None, *, top: int = DEFAULT_TOP
+    ) -> list[list[Prediction]]:
+        """Return the best labels of each of N pictures, given their embeddings (N, dim); as ``classify``.
+
+        Raises:
+            ClientError: there is nothing to choose from.
+        """
         names, rows = self._choices(labels)
-        logits = self.manifest.logit_scale * (self.encode_images(images) @ rows.T)
+        logits = self.manifest.logit_scale * (image_embeds @ rows.T)
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores /= scores.sum(axis=1, keepdims=True)
         order = np.argsort(-scores, axis=1, kind="stable")[:, : max(1, top)]
