@@ -25,7 +25,8 @@ from deploy.server.settings import Settings
 from deploy.target import Failure, Target, resolve_current, state_of
 
 POLL_SECONDS = 0.25
-_LOAD_SECONDS = 300.0  # a worker that has not loaded a version by then is replaced
+_LOAD_SECONDS = 300.0  # a worker that has not loaded a version by then is replaced,
+_LATE_SECONDS = 5.0  # and once another one has, by so much and twice the time that one took
 _CLOSE_SECONDS = 5.0  # one that has not closed by then hangs: it is killed, and cannot answer any more
 _LONGEST_PAUSE_SECONDS = 30.0
 
@@ -52,7 +53,8 @@ class Supervisor:
         self._epoch = 0
         self._failure: Failure | None = None
         self._attempt: object = None  # the state of what is proposed, to tell whether it was repaired
-        self._phase: tuple[object, float] = (None, 0.0)
+        self._phase: tuple[object, float] = (None, 0.0)  # what is waited for, and since when
+        self._first_took: float | None = None  # seconds until the first worker had loaded what is proposed
         self._told: int | None = None
         self._stop = asyncio.Event()
         self._quit = False
@@ -128,6 +130,7 @@ class Supervisor:
     def _propose(self, target: Target) -> None:
         self._epoch += 1
         self._targets[self._epoch] = target
+        self._first_took, self._phase = None, ((self._epoch, False), time.monotonic())
         self._send(self._coordination.propose(self._epoch))
 
     def _kill_the_late(self) -> None:
@@ -137,6 +140,8 @@ class Supervisor:
         if phase != self._phase[0]:
             self._phase = (phase, time.monotonic())
         patience = _CLOSE_SECONDS if is_closing else _LOAD_SECONDS
+        if not is_closing and self._first_took is not None:
+            patience = _LATE_SECONDS + 3 * self._first_took
         if time.monotonic() - self._phase[1] > patience:
             self._kill(coordination.awaited())
 
@@ -195,6 +200,8 @@ class Supervisor:
     def _hear(self, number: int, report: dict[str, Any]) -> None:
         coordination, epoch = self._coordination, report["epoch"]
         if report["event"] == "loaded":
+            if epoch == coordination.proposed and self._first_took is None:
+                self._first_took = time.monotonic() - self._phase[1]
             self._send(coordination.loaded(number, epoch))
         elif report["event"] == "closed":
             self._send(coordination.closed(number, epoch))
