@@ -18,14 +18,14 @@ help:  ## list the targets
 $(STAMP): pyproject.toml
 	@echo "Setting up $(VENV) (once; PyTorch is a large download)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable ".[daemon,dev]"
+	@$(PIP) --editable ".[daemon,server,mirror,signing,dev]"
 	@touch $@
 
 demo: $(STAMP)  ## drop sample images, watch them learnt, exported and swapped under a live client
 	$(BIN)/python examples/demo/demo.py
 
 test: $(STAMP)  ## the everyday tests
-	$(BIN)/python -m pytest -m "not nightly"
+	$(BIN)/python -m pytest -m "not nightly" --numprocesses 2 --dist loadfile
 
 test-nightly: $(STAMP)  ## the long tests, before a release
 	$(BIN)/python -m pytest -m nightly

@@ -14,7 +14,15 @@ from typing import Any
 
 import click
 
-from daemon import cli_feed, cli_history, cli_look, cli_share, cli_steer, cli_systemd
+from daemon import (
+    cli_feed,
+    cli_history,
+    cli_look,
+    cli_serve,
+    cli_share,
+    cli_steer,
+    cli_systemd,
+)
 from daemon.errors import DaemonError
 from daemon.output import Options, common_options
 from daemon.status import describe
@@ -25,6 +33,7 @@ COMMANDS = (
     *(cli_feed.init, cli_feed.run, cli_feed.submit),
     *(cli_look.status, cli_look.versions, cli_look.show, cli_look.classes, cli_look.verify),
     *(cli_share.mirror, cli_share.pull, cli_share.triton, cli_share.sign),
+    cli_serve.serve,
     *(cli_steer.rollback, cli_steer.unpin, cli_steer.classify, cli_look.check_config),
     *(cli_history.promote, cli_history.revert, cli_history.forget),
     *(cli_history.thin, cli_history.rebuild, cli_history.prune),

@@ -10,7 +10,8 @@
     │   └── SignatureError   nobody who is trusted has signed it
     ├── ShareError       a version could not be taken to another place, or fetched from one
     ├── ImageError       a picture cannot be used (the sender's fault; see .reason)
-    └── ClientError      the client was asked for something it cannot do
+    ├── ClientError      the client was asked for something it cannot do
+    └── ServerError      the server was told to serve in a way that it cannot or should not
 
 A message says what happened, what was expected, what was found and what to do.
 Errors of the operating system (a full disk, missing rights) pass through as OSError,
@@ -67,3 +68,7 @@ class ImageError(DeployError):
 
 class ClientError(DeployError):
     """A client was asked for something it cannot do."""
+
+
+class ServerError(DeployError):
+    """A server cannot start as it was told to, or should not."""

@@ -123,6 +123,11 @@ class LoadedVersion:
         """The version's number."""
         return self.manifest.version
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids are below this number."""
+        return self._tokenizer.vocabulary_size
+
     def close(self) -> None:
         """Free the sessions and let go of the lock; no method may be running or called after."""
         self._vision = self._text = None
@@ -166,6 +171,14 @@ class LoadedVersion:
         """
         _expect_list(texts, "texts")
         return self._run(self._text, "text_embeds", {"input_ids": self._tokenizer(texts)})
+
+    def encode_ids(self, input_ids: Int64) -> Float32:
+        """Return L2-normalised embeddings (N, dim) of token ids (N, context_length)."""
+        return self._run(self._text, "text_embeds", {"input_ids": input_ids})
+
+    def tokenize(self, texts: Sequence[str]) -> Int64:
+        """Return token ids (N, context_length) of N texts, each cut to the context length."""
+        return self._tokenizer(texts)
 
     def embed_classes(self, names: Sequence[str], templates: Sequence[str] | str) -> Float32:
         """Return (N, dim): each name in its template (or the one template), as classes.json has them.

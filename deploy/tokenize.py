@@ -111,6 +111,7 @@ class Tokenizer:
         if not self._tokenizer.truncation or not self._tokenizer.padding:
             raise ValueError("it does not set truncation and padding to the context length")
         self.context_length = int(self._tokenizer.truncation["max_length"])
+        self.vocabulary_size: int = self._tokenizer.get_vocab_size()
         # Both steps are done in _words, as open_clip does them.
         self._tokenizer.normalizer = None
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(

@@ -1,0 +1,111 @@
+"""The command that serves the live version over HTTP."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daemon.errors import ConfigError
+from daemon.output import Options, common_options, pass_options
+
+_PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "python_multipart", "prometheus_client")
+
+
+@click.command()
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A version store without a home. [default: HOME/serving]",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one."
+)
+@click.option("--uds", type=click.Path(path_type=Path), help="Listen on this unix socket instead.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="File with the bearer token. [default: the systemd credential dynlora-token]",
+)
+@click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a token.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Processes on the one address.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    help="Runs at once per worker. [default: the CPUs, divided among the workers]",
+)
+@click.option(
+    "--max-batch", type=click.IntRange(1, 1024), default=16, show_default=True, help="Images per run."
+)
+@click.option(
+    "--max-delay-ms",
+    type=click.FloatRange(0, 1000),
+    default=2.0,
+    show_default=True,
+    help="How long a batch may wait to be filled.",
+)
+@click.option(
+    "--max-requests",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="At work or waiting, per worker; more are answered 429.",
+)
+@click.option("--max-body-mb", type=click.IntRange(1), default=32, show_default=True, help="Largest request.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds that a request may take.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0, 3600),
+    default=1.0,
+    show_default=True,
+    help="Seconds from not ready to not listening.",
+)
+@click.option(
+    "--access-log",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of requests to log.",
+)
+@common_options
+@pass_options
+def serve(options: Options, /, **given: Any) -> None:
+    """Serve the live version over HTTP: Open Inference Protocol v2, images, a page."""
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not installed: this command needs the server's packages: "
+            "pip install 'dynlora[server]'"
+        )
+    from deploy.server.launch import serve as serve_store
+    from deploy.server.settings import Limits, Settings, read_token
+
+    limits = Limits(
+        body_bytes=given["max_body_mb"] << 20,
+        requests=given["max_requests"],
+        request_seconds=given["timeout"],
+    )
+    same = ("host", "port", "uds", "allow_anyone", "workers", "threads", "max_batch", "max_delay_ms")
+    settings = Settings(
+        serving_dir=(given["store"] or options.existing_home() / "serving").absolute(),
+        token=read_token(given["token_file"]),
+        drain_seconds=given["drain"],
+        access_log=given["access_log"],
+        limits=limits,
+        **{name: given[name] for name in same},
+    )
+    serve_store(settings)

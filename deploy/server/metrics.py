@@ -1,0 +1,138 @@
+"""Prometheus metrics: names in the style of the field, labels model and version only.
+
+With several workers prometheus_client keeps the numbers in files of a directory that the parent makes
+(PROMETHEUS_MULTIPROC_DIR), so that any worker can tell the sum of all.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+    multiprocess,
+)
+
+from deploy.server.versions import Slot
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """Counts what is served; ``text`` tells it."""
+
+    def __init__(self, release: str) -> None:
+        self._is_shared = MULTIPROCESS_VARIABLE in os.environ
+        self._registry = CollectorRegistry()
+        if not self._is_shared:
+            ProcessCollector(registry=self._registry)
+            PlatformCollector(registry=self._registry)
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which nobody asks for
+        registry = self._registry
+        self._requests = Counter(
+            "dynlora_inference_requests",
+            "Inference requests by outcome: success, invalid, rejected, timeout, error.",
+            ["model", "version", "outcome"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "dynlora_inference_duration_seconds",
+            "Time of successful requests by stage: decode, queue, infer, rank, total.",
+            ["model", "version", "stage"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._rows = Counter(
+            "dynlora_inference_rows", "Images or texts computed.", ["model", "version"], registry=registry
+        )
+        self._in_flight = Gauge(
+            "dynlora_inference_in_flight",
+            "Inference requests being worked on.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self._version = Gauge(
+            "dynlora_model_version_info",
+            "1 for the version that answers, 0 for earlier ones.",
+            ["model", "version", "sha256"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self._swaps = Counter(
+            "dynlora_swaps", "Attempts to bring a version live.", ["outcome"], registry=registry
+        )
+        self._swap_seconds = Histogram(
+            "dynlora_swap_duration_seconds",
+            "Time to load and warm a version, and to switch to it.",
+            ["phase"],
+            registry=registry,
+        )
+        self._last_swap = Gauge(
+            "dynlora_last_swap_timestamp_seconds",
+            "When the live version became live.",
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        Gauge(
+            "dynlora_build_info",
+            "The release of dynlora.",
+            ["release"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        ).labels(release).set(1)
+
+    def began(self) -> None:
+        """Count a request in."""
+        self._in_flight.inc()
+
+    def ended(self, model: str, version: str, *, outcome: str, stages: dict[str, float], rows: int) -> None:
+        """Count a request that began out again."""
+        self._in_flight.dec()
+        self._requests.labels(model, version, outcome).inc()
+        if outcome == "success":
+            self._rows.labels(model, version).inc(rows)
+            for stage, seconds in stages.items():
+                self._seconds.labels(model, version, stage).observe(seconds)
+
+    def rejected(self, model: str, version: str) -> None:
+        """Count a request that was not even begun."""
+        self._requests.labels(model, version, "rejected").inc()
+
+    def swapped(self, slot: Slot, before: Slot | None, models: Iterable[str], *, counts: bool = True) -> None:
+        """Tell which version answers now; of several workers only one ``counts`` the swap."""
+        for model in models:
+            if before is not None:
+                self._info(model, before).set(0)
+            self._info(model, slot).set(1)
+        self._last_swap.set(time.time())
+        if before is not None and counts:
+            self._swaps.labels("success").inc()
+
+    def swap_failed(self) -> None:
+        """Count a version that could not be brought live."""
+        self._swaps.labels("failure").inc()
+
+    def swap_took(self, phase: str, seconds: float) -> None:
+        """Time loading (`load`) or switching (`switch`)."""
+        self._swap_seconds.labels(phase).observe(seconds)
+
+    def text(self) -> bytes:
+        """Return all of it in the text format of Prometheus."""
+        if not self._is_shared:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+    def _info(self, model: str, slot: Slot) -> Gauge:
+        weights = slot.loaded.manifest.files["weights.safetensors"].sha256
+        return self._version.labels(model, str(slot.version), weights)

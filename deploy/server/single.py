@@ -1,0 +1,106 @@
+"""The server as a single process: deploy.client.Client follows `current`, this switches with it."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from functools import partial
+
+from deploy.client import Client, ClientEvent
+from deploy.errors import ClientError
+from deploy.server.banner import announce
+from deploy.server.models import MODELS
+from deploy.server.serving import Serving, on_signals, prepare_process, run_loop
+from deploy.server.settings import Settings
+from deploy.server.state import State
+from deploy.server.versions import Slot
+
+
+class Follower:
+    """Brings what the client loads before the requests, on the event loop's thread."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._loop = asyncio.get_running_loop()
+        self._client: Client | None = None
+
+    async def start(self) -> None:
+        """Load the first version.
+
+        Raises:
+            DeployError: it cannot be used.
+        """
+        client = partial(Client, threads=1, on_event=self._tell)
+        self._client = await asyncio.to_thread(client, self._state.settings.serving_dir)
+        self._adopt()
+
+    async def stop(self) -> None:
+        """Stop following; all slots must have been released."""
+        if self._client is not None:
+            await asyncio.to_thread(self._client.close)
+
+    def _tell(self, event: ClientEvent) -> None:
+        """Runs in the client's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            self._loop.call_soon_threadsafe(self._note, event)
+
+    def _note(self, event: ClientEvent) -> None:
+        metrics = self._state.metrics
+        if event.kind == "loaded":
+            metrics.swap_took("load", event.seconds)
+            self._adopt()
+        elif event.kind == "rejected":
+            metrics.swap_failed()
+
+    def _adopt(self) -> None:
+        """Switch to the client's live version; holding it keeps it loaded until we let go."""
+        if self._client is None:
+            return
+        held = contextlib.ExitStack()
+        try:
+            loaded = held.enter_context(self._client.hold())
+        except ClientError:
+            return
+        versions = self._state.versions
+        before = versions.loaded[0] if versions.loaded else None
+        if before is not None and before.loaded is loaded:
+            held.close()
+            return
+        started = time.monotonic()
+        slot = Slot(loaded, held.close)
+        versions.flip(slot)
+        self._state.metrics.swapped(slot, before, MODELS)
+        self._state.metrics.swap_took("switch", time.monotonic() - started)
+
+
+def serve_single(settings: Settings, listener: socket.socket) -> None:
+    """Serve until a signal; returns when all is answered.
+
+    Raises:
+        DeployError: the live version cannot be used.
+    """
+    prepare_process()
+
+    async def main() -> None:
+        serving = Serving(settings, listener)
+        follower = Follower(serving.state)
+
+        def stop() -> None:
+            if serving.state.is_draining:
+                os._exit(1)  # somebody asks a second time, and has reasons
+            serving.stop()
+
+        on_signals(stop)
+        try:
+            await follower.start()
+
+            async def say() -> None:
+                announce(settings, listener, serving.state.versions.live.version)
+
+            await serving.run(say)
+        finally:
+            await serving.close()
+            await follower.stop()
+
+    run_loop(main)

@@ -1,0 +1,265 @@
+"""The wire format of the Open Inference Protocol v2: JSON, and the binary tensor extension.
+
+    POST body = JSON header, then the raw tensors in its order (little-endian, row-major);
+    the header's length is in the HTTP header Inference-Header-Content-Length
+
+Pure functions over bytes. Numbers that come in binary are not copied: an array looks into the body.
+"""
+
+import binascii
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.server.problems import Problem
+
+Tensor = NDArray[Any] | list[bytes]
+
+_DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One input or output of a model; -1 stands for any length.
+
+    ``is_file``: the elements are files, which JSON can hold only as base64.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    is_file: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """As model metadata tells it."""
+        return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """What a client asks for. BYTES tensors are lists; ``outputs`` None means all, by ``is_binary``."""
+
+    inputs: dict[str, Tensor]
+    id: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, bool] | None = None
+    is_binary: bool = False
+
+
+def parse_request(body: bytes, header_length: int | None, specs: Sequence[Spec]) -> InferRequest:
+    """Return the request in ``body``; header length None means JSON alone, 0 means one raw tensor.
+
+    Raises:
+        Problem: it is not one, or its tensors do not fit ``specs``.
+    """
+    if header_length == 0:
+        return InferRequest({specs[0].name: _raw(specs[0], body)}, is_binary=True)
+    if header_length is not None and header_length > len(body):
+        raise Problem(400, f"Inference-Header-Content-Length is {header_length}, the body {len(body)} bytes")
+    document = parse_json(body if header_length is None else body[:header_length])
+    view = memoryview(body)[len(body) if header_length is None else header_length :]
+    inputs, used = _inputs(document, view, {spec.name: spec for spec in specs})
+    if used != len(view):
+        raise Problem(400, f"{len(view) - used} bytes follow the tensors that the JSON header announces")
+    parameters = _object(document, "parameters")
+    name = document.get("id")
+    if name is not None and not isinstance(name, str):
+        raise Problem(400, "`id` must be a string")
+    is_binary = parameters.get("binary_data_output") is True
+    return InferRequest(inputs, name, parameters, _outputs(document, is_binary), is_binary)
+
+
+def parse_json(text: bytes) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        Problem: it is not one.
+    """
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise Problem(400, f"the body is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise Problem(400, f"expected a JSON object, found {type(document).__name__}")
+    return document
+
+
+def build_response(
+    head: dict[str, Any], outputs: dict[str, NDArray[Any]], binary: dict[str, bool]
+) -> tuple[bytes, int | None]:
+    """Return the body and, where a tensor is binary, the length of its JSON header.
+
+    Args:
+        head: model_name, model_version and the like.
+        outputs: float32 arrays, or arrays of str objects, which become BYTES.
+        binary: which outputs are wanted, and which of them as raw bytes.
+    """
+    documents, buffers = [], []
+    for name, is_binary in binary.items():
+        tensor = outputs[name]
+        datatype = "BYTES" if _is_text(tensor) else "FP32"
+        document: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(tensor.shape)}
+        if is_binary:
+            buffers.append(_to_bytes(tensor))
+            document["parameters"] = {"binary_data_size": len(buffers[-1])}
+        else:
+            document["data"] = tensor.ravel().tolist()
+        documents.append(document)
+    header = json.dumps(head | {"outputs": documents}, separators=(",", ":")).encode()
+    if not any(binary.values()):
+        return header, None
+    return b"".join([header, *buffers]), len(header)
+
+
+def _inputs(
+    document: dict[str, Any], view: memoryview, specs: dict[str, Spec]
+) -> tuple[dict[str, Tensor], int]:
+    entries = document.get("inputs")
+    if not isinstance(entries, list) or not entries:
+        raise Problem(400, "`inputs` must be a list of at least one tensor")
+    tensors: dict[str, Tensor] = {}
+    used = 0
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise Problem(400, "every input is an object with a `name`")
+        spec = specs.get(entry["name"])
+        if spec is None:
+            raise Problem(400, f"there is no input {entry['name']!r}; there are: {', '.join(specs)}")
+        if spec.name in tensors:
+            raise Problem(400, f"input {spec.name} comes twice")
+        shape = _checked_shape(entry, spec)
+        size = _object(entry, "parameters").get("binary_data_size")
+        if size is None:
+            tensors[spec.name] = _from_json(entry.get("data"), shape, spec)
+            continue
+        if type(size) is not int or not 0 <= size <= len(view) - used or "data" in entry:
+            raise Problem(
+                400, f"input {spec.name}: binary_data_size does not fit the {len(view) - used} bytes left"
+            )
+        tensors[spec.name] = _from_bytes(view[used : used + size], shape, spec)
+        used += size
+    return tensors, used
+
+
+def _checked_shape(entry: dict[str, Any], spec: Spec) -> tuple[int, ...]:
+    shape, datatype = entry.get("shape"), entry.get("datatype")
+    if datatype != spec.datatype:
+        raise Problem(400, f"input {spec.name} must be {spec.datatype}, found {datatype!r}")
+    fits = (
+        isinstance(shape, list)
+        and len(shape) == len(spec.shape)
+        and all(type(size) is int and size > 0 for size in shape)
+        and all(want in (-1, size) for size, want in zip(shape, spec.shape, strict=True))
+    )
+    if not fits:
+        raise Problem(400, f"input {spec.name} must have shape {list(spec.shape)}, found {shape}")
+    return tuple(shape or ())
+
+
+def _from_bytes(raw: memoryview, shape: tuple[int, ...], spec: Spec) -> Tensor:
+    if spec.datatype == "BYTES":
+        return _split_bytes(raw, shape[0], spec.name)
+    dtype = _DTYPES[spec.datatype]
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise Problem(
+            400,
+            f"input {spec.name} of shape {list(shape)} takes {math.prod(shape) * dtype.itemsize} bytes, "
+            f"found {len(raw)}",
+        )
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _raw(spec: Spec, body: bytes) -> Tensor:
+    """One tensor alone: its first dimension follows from the body's length."""
+    if spec.datatype == "BYTES":
+        return [body]
+    dtype = _DTYPES[spec.datatype]
+    row_bytes = math.prod(spec.shape[1:]) * dtype.itemsize
+    if not body or len(body) % row_bytes:
+        raise Problem(400, f"{spec.name} takes {row_bytes} bytes per row, found {len(body)} bytes")
+    return np.frombuffer(body, dtype).reshape(-1, *spec.shape[1:])
+
+
+def _split_bytes(raw: memoryview, count: int, name: str) -> list[bytes]:
+    """Undo the 4-byte little-endian length before each element."""
+    elements: list[bytes] = []
+    offset = 0
+    while offset + 4 <= len(raw) and len(elements) < count:
+        (length,) = struct.unpack_from("<I", raw, offset)
+        elements.append(bytes(raw[offset + 4 : offset + 4 + length]))
+        offset += 4 + length
+    if offset != len(raw) or len(elements) != count:
+        raise Problem(400, f"input {name}: its bytes are not {count} elements, each after its 4-byte length")
+    return elements
+
+
+def _from_json(data: Any, shape: tuple[int, ...], spec: Spec) -> Tensor:
+    if not isinstance(data, list):
+        raise Problem(400, f"input {spec.name} has neither `data` (a list) nor binary_data_size")
+    if spec.datatype == "BYTES":
+        if len(data) != shape[0] or not all(isinstance(element, str) for element in data):
+            raise Problem(400, f"input {spec.name} must be a list of {shape[0]} strings")
+        return [(_decode_base64 if spec.is_file else _encode)(element) for element in data]
+    try:
+        found = np.array(data)
+        if found.dtype.kind not in ("iu" if spec.datatype == "INT64" else "iuf"):
+            raise ValueError(f"expected {spec.datatype}")
+        with np.errstate(over="ignore"):  # becomes infinity, and that shows in the outputs
+            return found.astype(_DTYPES[spec.datatype]).reshape(shape)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise Problem(400, f"input {spec.name}: `data` cannot be used as {list(shape)}: {error}") from error
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as error:  # binascii.Error is one
+        raise Problem(400, f"a file in JSON must be base64: {error}") from error
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise Problem(400, f"{text!r} is not valid Unicode") from error
+
+
+def _outputs(document: dict[str, Any], is_binary: bool) -> dict[str, bool] | None:  # noqa: FBT001
+    entries = document.get("outputs")
+    if entries is None or entries == []:
+        return None
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries
+    ):
+        raise Problem(400, "`outputs` must be a list of objects with a `name`")
+    return {
+        entry["name"]: bool(_object(entry, "parameters").get("binary_data", is_binary)) for entry in entries
+    }
+
+
+def _object(document: dict[str, Any], key: str) -> dict[str, Any]:
+    found = document.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise Problem(400, f"`{key}` must be an object")
+    return found or {}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_text(output: NDArray[Any]) -> bool:
+    return output.dtype == object
+
+
+def _to_bytes(output: NDArray[Any]) -> bytes:
+    if _is_text(output):
+        texts = [text.encode() for text in output.ravel()]
+        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+    return np.ascontiguousarray(output, "<f4").tobytes()

@@ -1,0 +1,151 @@
+"""One of several server processes. Does what the supervisor orders over a socket, and serves meanwhile.
+
+    python -m deploy.server.worker CONTROL_DESCRIPTOR LISTENER_DESCRIPTOR
+
+Lines of JSON go both ways. The first one brings the settings, the token among them, so that it stands on
+no command line. Without a supervisor nobody could say which version is agreed: then the worker drains.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from deploy.runtime import LoadedVersion
+from deploy.server.models import MODELS
+from deploy.server.serving import Serving, on_signals, prepare_process, run_loop
+from deploy.server.settings import Settings
+from deploy.server.versions import Slot
+
+_MAX_LINE_BYTES = 1 << 20
+
+
+class Worker:
+    """Carries out orders, in the order in which they come; see deploy.server.coordination."""
+
+    def __init__(self, serving: Serving, writer: asyncio.StreamWriter) -> None:
+        self._serving = serving
+        self._writer = writer
+        self._slots: dict[int, Slot] = {}
+        self._previous: Slot | None = None  # what a worker that this one replaces had beside its live version
+        self._loading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def follow(self, reader: asyncio.StreamReader) -> None:
+        """Carry out orders until the supervisor is gone."""
+        while line := await reader.readline():
+            self._do(json.loads(line))
+        self._leave()
+
+    async def serve(self) -> None:
+        """Serve from the first flip on, until told to leave."""
+        await self._started
+        if not self._serving.state.is_draining:
+            await self._serving.run()
+
+    def _do(self, order: dict[str, Any]) -> None:
+        versions, epoch = self._serving.state.versions, int(order["epoch"])
+        match order["verb"]:
+            case "load":
+                task = asyncio.create_task(self._load(epoch, order))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case "close":
+                versions.close()
+                self._say("closed", epoch)
+            case "flip":
+                self._flip(epoch, counts=order["counts"])
+            case "drop":
+                if slot := self._slots.pop(epoch, None):
+                    slot.release()
+            case "leave":
+                self._leave()
+
+    async def _load(self, epoch: int, order: dict[str, Any]) -> None:
+        started = time.monotonic()
+        labels = [label for slot in self._serving.state.versions.loaded[:1]
+                  for label in slot.loaded.remembered_labels()]  # fmt: skip
+        async with self._loading:
+            try:
+                self._slots[epoch] = await asyncio.to_thread(_load_slot, Path(order["directory"]), labels)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor decides what follows
+                if order["counts"]:
+                    self._serving.state.metrics.swap_failed()
+                self._say("failed", epoch, reason=str(error) or type(error).__name__)
+                return
+            if order.get("previous"):
+                with contextlib.suppress(Exception):  # pruned meanwhile: then nobody may ask for it
+                    self._previous = await asyncio.to_thread(_load_slot, Path(order["previous"]), ())
+        self._serving.state.metrics.swap_took("load", time.monotonic() - started)
+        self._say("loaded", epoch)
+
+    def _flip(self, epoch: int, *, counts: bool) -> None:
+        started = time.monotonic()
+        versions = self._serving.state.versions
+        before = versions.loaded[0] if versions.loaded else None
+        slot = self._slots.pop(epoch)
+        versions.flip(slot)
+        if self._previous is not None:
+            if before is None:
+                versions.keep_previous(self._previous)
+            self._previous = None
+        self._serving.state.metrics.swapped(slot, before, MODELS, counts=counts)
+        self._serving.state.metrics.swap_took("switch", time.monotonic() - started)
+        if not self._started.done():
+            self._started.set_result(None)
+
+    def _leave(self) -> None:
+        if self._started.done():
+            self._serving.stop()
+        else:
+            self._serving.state.is_draining = True
+            self._started.set_result(None)
+
+    def stop(self) -> None:
+        """Leave, because of a signal."""
+        self._leave()
+
+    def _say(self, event: str, epoch: int, **more: Any) -> None:
+        self._writer.write(json.dumps({"event": event, "epoch": epoch, **more}).encode() + b"\n")
+
+
+def _load_slot(directory: Path, labels: Any) -> Slot:
+    """Load, check and warm a version."""
+    loaded = LoadedVersion(directory, threads=1)
+    try:
+        loaded.check_parity()
+        loaded.warm_up(labels=labels)
+    except BaseException:
+        loaded.close()
+        raise
+    return Slot(loaded, loaded.close)
+
+
+def main(control_descriptor: int, listener_descriptor: int) -> None:
+    """Serve until told to leave."""
+    prepare_process()
+    control = socket.socket(fileno=control_descriptor)
+    listener = socket.socket(fileno=listener_descriptor)
+
+    async def run() -> None:
+        reader, writer = await asyncio.open_connection(sock=control, limit=_MAX_LINE_BYTES)
+        settings = Settings.from_json(json.loads(await reader.readline()))
+        serving = Serving(settings, listener)
+        worker = Worker(serving, writer)
+        on_signals(worker.stop)
+        following = asyncio.create_task(worker.follow(reader))
+        await worker.serve()
+        await serving.close()
+        following.cancel()
+        writer.close()
+
+    run_loop(run)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
