@@ -62,7 +62,7 @@ class Lifecycle:
         self._home = publisher.home
         self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
         self._job: _Job | None = None
-        self._standby = Standby(launch.make_command("standby"), publisher.home / LOG_NAME)
+        self._standby = Standby(lambda: launch.make_command("standby"), publisher.home / LOG_NAME)
         self._not_before: dict[str, float] = {}  # batch id → time of its next attempt
 
     @property

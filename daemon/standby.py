@@ -24,12 +24,12 @@ class Standby:
     """At most one process that stands by.
 
     Args:
-        command: its whole command line.
+        make_command: gives its whole command line.
         log_path: file that its stderr goes to until it is told another one.
     """
 
-    def __init__(self, command: Sequence[str], log_path: Path) -> None:
-        self._command, self._log_path = list(command), log_path
+    def __init__(self, make_command: Callable[[], list[str]], log_path: Path) -> None:
+        self._make_command, self._log_path = make_command, log_path
         self._process: subprocess.Popen[bytes] | None = None
         self._not_before = 0.0
         self._pause_seconds = PAUSE_SECONDS
@@ -48,7 +48,7 @@ class Standby:
         if self._process is None and now >= self._not_before:
             try:
                 self._log_path.unlink(missing_ok=True)  # the last words of one are enough
-                self._process = start_process(self._command, self._log_path, stdin=subprocess.PIPE)
+                self._process = start_process(self._make_command(), self._log_path, stdin=subprocess.PIPE)
             except OSError as error:
                 self._rest(now, str(error))
 

@@ -25,7 +25,7 @@ def stand(tmp_path):
     made = []
 
     def stand(code):
-        made.append(Standby([sys.executable, "-c", code], tmp_path / "standby.log"))
+        made.append(Standby(lambda: [sys.executable, "-c", code], tmp_path / "standby.log"))
         return made[-1]
 
     yield stand
@@ -104,7 +104,7 @@ def test_one_that_is_found_dead_gives_no_worker(stand, tmp_path):
 
 def test_one_that_cannot_be_started_stops_nothing(tmp_path):
     """The batch that comes is learnt by a worker of its own."""
-    standby = Standby(["/nowhere/python"], tmp_path / "standby.log")
+    standby = Standby(lambda: ["/nowhere/python"], tmp_path / "standby.log")
     standby.keep(0.0)
 
     assert standby.pid is None
@@ -116,7 +116,7 @@ def test_the_real_one_ends_with_its_daemon_and_when_it_is_not_needed(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from daemon.standby import Standby;"
         "from daemon.supervisor import default_command;"
-        "s = Standby(default_command('standby'), Path(sys.argv[1])); s.keep(0.0);"
+        "s = Standby(lambda: default_command('standby'), Path(sys.argv[1])); s.keep(0.0);"
         "print(s.pid, flush=True); time.sleep(600)"
     )
     daemon = subprocess.Popen(
@@ -136,7 +136,7 @@ def test_the_real_one_ends_with_its_daemon_and_when_it_is_not_needed(tmp_path):
 
 def test_the_real_one_takes_an_order_and_tells_what_is_wrong_in_the_log_it_was_given(tmp_path):
     """An order is parsed like a command line; its last words are where the batch's are looked for."""
-    standby = Standby(default_command("standby"), tmp_path / "standby.log")
+    standby = Standby(lambda: default_command("standby"), tmp_path / "standby.log")
     standby.keep(0.0)
     worker = standby.take(["adapt", "--nonsense"], tmp_path / "worker.log")
     wait_for(lambda: worker.poll() is not None, seconds=120)

@@ -95,7 +95,7 @@ def test_missing_and_foreign_files_and_links_are_found(copied: Path) -> None:
         check_files(copied, files)
     (copied / "notes.txt").unlink()
     (copied / "weights.safetensors").rename(copied.parent / "elsewhere")
-    with pytest.raises(VerifyError, match=r"weights\.safetensors is missing.*pruned"):
+    with pytest.raises(VerifyError, match=r"weights\.safetensors is missing.*dynlora rebuild"):
         check_files(copied, files)
     (copied / "weights.safetensors").symlink_to(copied.parent / "elsewhere")
     with pytest.raises(VerifyError, match="must be a plain file"):
