@@ -1,5 +1,7 @@
 """A headless Chromium, driven over its own pipe: no driver program, no package."""
 
+import base64
+import fcntl
 import itertools
 import json
 import os
@@ -18,8 +20,8 @@ class Chromium:
     """One page of a fresh profile; commands are those of the DevTools protocol."""
 
     def __init__(self, profile: Path) -> None:
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
+        ours_in, theirs_out = _pipe()
+        theirs_in, ours_out = _pipe()
         options = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
         # The browser reads from descriptor 3 and writes to descriptor 4.
         script = (
@@ -27,7 +29,7 @@ class Chromium:
             f"about:blank 3<&{theirs_in} 4>&{theirs_out}"
         )
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", script, str(PROGRAM), str(profile)],
+            ["/bin/bash", "-c", script, str(PROGRAM), str(profile)],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -81,8 +83,6 @@ class Chromium:
 
     def screenshot(self, path: Path) -> None:
         """Save what the page looks like."""
-        import base64
-
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
 
     def _read(self) -> dict[str, Any]:
@@ -102,3 +102,12 @@ class Chromium:
         self._process.wait(30)
         self._reader.close()
         self._writer.close()
+
+
+def _pipe() -> tuple[int, int]:
+    """A pipe whose descriptors are above those that the browser wants."""
+    low = os.pipe()
+    high = tuple(fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10) for descriptor in low)
+    for descriptor in low:
+        os.close(descriptor)
+    return high[0], high[1]

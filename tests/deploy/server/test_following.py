@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ class Traffic:
         self._is_over = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(server,)) for _ in range(clients)]
 
-    def __enter__(self) -> "Traffic":
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self
