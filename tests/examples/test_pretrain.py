@@ -4,13 +4,14 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import names
 import open_clip
 import pytest
 import torch
-from images import crop, jittered, paste, random_boxes
+from images import coarsen, crop, jittered, paste, random_boxes
 from wordnet import WordNet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,3 +113,30 @@ def test_a_pasted_image_says_how_much_of_it_is_its_own() -> None:
 
     assert (mixed[row] == row).float().mean().item() == pytest.approx(own)
     assert ((mixed[row] == row) | (mixed[row] == order[row])).all()
+
+
+def test_a_coarsened_image_keeps_its_size_and_colours_and_loses_its_detail() -> None:
+    """A plain one stays as it is; a fine pattern becomes grey."""
+    plain = torch.full((1, 3, 16, 16), 0.25)
+    fine = (torch.arange(16) % 2).float().expand(1, 3, 16, 16)
+
+    assert torch.allclose(coarsen(plain, 0.6), plain, atol=1e-6)
+    assert coarsen(fine, 0.5).shape == fine.shape
+    assert (coarsen(fine, 0.5) - 0.5).abs().max() < 0.1
+
+
+def test_open_clip_alone_answers_about_an_image_pack(tmp_path: Path) -> None:
+    """The printed share is that of the images of the test split, far above chance for what it can tell apart."""
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as pack:
+        for folder, name in (("clothing/shoes", "shoes"), ("groceries/tomato", "tomato")):
+            for number, file in enumerate(sorted((ROOT / "examples/demo/images/heldout" / folder).iterdir())):
+                pack.write(file, f"test/{name}/{number}.jpg")
+    done = subprocess.run(
+        [sys.executable, RECIPE / "zero_shot.py", tmp_path / "pack.zip"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    share, count = re.search(r"([\d.]+) % of (\d+) images, 2 names", done.stdout).groups()
+    assert float(share) > 60
+    assert int(count) > 20
