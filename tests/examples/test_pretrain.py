@@ -126,7 +126,7 @@ def test_a_coarsened_image_keeps_its_size_and_colours_and_loses_its_detail() -> 
 
 
 def test_open_clip_alone_answers_about_an_image_pack(tmp_path: Path) -> None:
-    """The printed share is that of the images of the test split, far above chance for what it can tell apart."""
+    """The printed share is that of the test split, far above chance for what it can tell apart."""
     with zipfile.ZipFile(tmp_path / "pack.zip", "w") as pack:
         for folder, name in (("clothing/shoes", "shoes"), ("groceries/tomato", "tomato")):
             for number, file in enumerate(sorted((ROOT / "examples/demo/images/heldout" / folder).iterdir())):
