@@ -50,19 +50,19 @@ def forget(home: Path, inbox: Path, batch_id: str, *, who: str, why: str) -> dic
         moment = datetime.now(UTC).isoformat(timespec="seconds")
         batch = batch.as_forgotten(Forgotten(who=who, why=why, at=moment))
         spool.save(batch)
-    removed = _erase(home, inbox, batch)
+    removed, stuck = _erase(home, inbox, batch)
     return {
         "batch": batch_id,
         "state": spool.find(batch_id),
         "images": dict(removed),
-        "remains": [*what_remains(home, batch), *left],
+        "remains": [*what_remains(home, batch), *left, *stuck],
     }
 
 
 def finish_forgetting(home: Path, inbox: Path) -> list[str]:
     """End what a crash cut short; returns the batches concerned."""
     batches = [batch for batch in Spool(home).batches(*STATES[1:]) if batch.forgotten is not None]
-    return [batch.id for batch in batches if _erase(home, inbox, batch).total()]
+    return [batch.id for batch in batches if _erase(home, inbox, batch)[0].total()]
 
 
 def what_remains(home: Path, batch: Batch) -> list[str]:
@@ -78,8 +78,12 @@ def what_remains(home: Path, batch: Batch) -> list[str]:
     ]
 
 
-def _erase(home: Path, inbox: Path, batch: Batch) -> Counter[str]:
-    """Remove every file that is not a record; returns how many by place."""
+def _erase(home: Path, inbox: Path, batch: Batch) -> tuple[Counter[str], list[str]]:
+    """Remove every file that is not a record.
+
+    Returns:
+        How many by place, and a sentence for each drop of another user that we may not remove.
+    """
     spool = Spool(home)
     directory = spool.path(batch.id)
     exam = exam_dir(home, batch.id)
@@ -88,17 +92,24 @@ def _erase(home: Path, inbox: Path, batch: Batch) -> Counter[str]:
         "exams": [path for path in (exam, _hidden(exam)) if path.exists()],
         "inbox": sorted(inbox.glob(f"{CLAIMED_PREFIX}{batch.id}*")),
     }
-    removed = Counter(dict.fromkeys(doomed, 0))
+    removed, stuck = Counter(dict.fromkeys(doomed, 0)), list[str]()
     for place, paths in doomed.items():
         for path in paths:
-            removed[place] += sum(file.is_file() for file in path.rglob("*")) if path.is_dir() else 1
-            atomic.remove_tree(_out_of_sight(path))
+            count = sum(file.is_file() for file in path.rglob("*")) if path.is_dir() else 1
+            try:
+                atomic.remove_tree(_out_of_sight(path))
+            except PermissionError as error:
+                if place != "inbox":
+                    raise
+                stuck.append(f"{path} cannot be removed ({error.strerror}): its owner must do that")
+                continue
+            removed[place] += count
     if spool.find(batch.id) in AT_HAND:
         assert batch.forgotten is not None, "only what is marked is erased"
         reason = "its images were forgotten before it was learnt"
         hint = f"{batch.forgotten.who} wanted it so; nothing is left to do"
         spool.fail(Reason(batch=batch.id, reason=reason, what_to_do=hint, failed_at=batch.forgotten.at))
-    return removed
+    return removed, stuck
 
 
 def _hidden(exam: Path) -> Path:

@@ -25,6 +25,7 @@ from daemon.supervisor import EXIT_DONE, EXIT_STOPPED, Worker, default_command
 from deploy.errors import DeployError, StoreError
 
 LOG_NAME = "worker.log"
+STANDBY_LOG_NAME = "standby.log"  # in the home, until it is given a batch's
 RETRY_HINT = "look at worker.log beside this file, mend the cause, and drop the images again"
 
 
@@ -62,7 +63,7 @@ class Lifecycle:
         self._home = publisher.home
         self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
         self._job: _Job | None = None
-        self._standby = Standby(lambda: launch.make_command("standby"), publisher.home / LOG_NAME)
+        self._standby = Standby(lambda: launch.make_command("standby"), publisher.home / STANDBY_LOG_NAME)
         self._not_before: dict[str, float] = {}  # batch id → time of its next attempt
 
     @property
@@ -140,6 +141,9 @@ class Lifecycle:
             batch = self._spool.load(batch_id)
         except BatchError as error:
             self._give_up(batch_id, str(error))
+            return
+        if batch.forgotten is not None:  # cut short before it got to failed/
+            self._give_up(batch_id, "its images were forgotten before it was learnt")
             return
         other = self._published_twin(batch)
         if other is None:

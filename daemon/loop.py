@@ -22,6 +22,7 @@ from daemon.progress import View
 from daemon.service import Service
 
 TICK_SECONDS = 0.2
+LOCK_SECONDS = 1.0
 START_SECONDS = 600.0  # what a start may take, which reads every staged version a crash left
 STOP_MARGIN_SECONDS = 30.0  # beyond the worker's own time, for the rest of an orderly end
 
@@ -73,8 +74,10 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
     from daemon.watcher import Watcher  # watchdog comes with the daemon extra only
 
     notifier = Notifier()
-    with HomeLock(home), capturing() as signals:
-        notifier.starting(START_SECONDS)
+    notifier.starting(START_SECONDS)
+    # A long command may be at work alone; a service manager gives up after a few failed starts, so we wait.
+    patience_seconds = START_SECONDS if notifier.is_heard else LOCK_SECONDS
+    with HomeLock(home, patience_seconds=patience_seconds), capturing() as signals:
         wake = threading.Event()
         launch = Launch(
             config_path=config_path, wake=wake.set, keeps_standby=config.learning.standby and not once
@@ -107,7 +110,7 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
             finally:
                 if signals.name is not None:
                     logs.log("stopping", signal=signals.name)
-                notifier.stopping(config.learning.stop_seconds + STOP_MARGIN_SECONDS)
+                notifier.stopping(service.stop_seconds + STOP_MARGIN_SECONDS)
                 service.stop(lambda: signals.is_forced)
         return {"outcomes": service.outcomes, "signal": signals.name, "pinned": service.is_pinned()}
 

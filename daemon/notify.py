@@ -29,6 +29,11 @@ class Notifier:
         self._beaten_at = float("-inf")
         self._status = ""
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether a service manager listens."""
+        return self._address is not None
+
     def ready(self) -> None:
         """Said when the start is over, and again when a reload is."""
         self._send("READY=1")

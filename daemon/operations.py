@@ -92,7 +92,10 @@ def _forget(request: Request, publisher: Publisher) -> Answer:
     published = publisher.store.published_batches().get(batch_id)
     if spool.find(batch_id) in ("work", "held") and published is not None:
         publisher.finish(batch_id, published.version)
-    elif spool.find(batch_id) == "work":
+    elif spool.find(batch_id) in (
+        "work",
+        "queued",
+    ):  # one that waits for its next attempt has been learnt from
         publisher.discard_learning(batch_id)
     inbox = publisher.config.inbox_dir(home)
     found = forget(home, inbox, batch_id, who=request.who, why=request.why)

@@ -156,8 +156,8 @@ class Publisher:
         self.prune()
 
     def discard_learning(self, batch_id: str) -> None:
-        """Throw away everything learnt for a batch in work/, its images apart."""
-        work_dir = self.spool.state_dir("work") / batch_id
+        """Throw away everything learnt for a batch in work/, or queued/ again, its images apart."""
+        work_dir = self.spool.path(batch_id)
         # The plan goes first: without it a checkpoint means nothing.
         atomic.remove_file(work_dir / PLAN_NAME)
         atomic.remove_tree(work_dir / CHECKPOINT_DIR)
@@ -165,7 +165,7 @@ class Publisher:
 
     def discard_result(self, batch_id: str) -> None:
         """Throw away report and staged version, so that the worker makes them again from its checkpoint."""
-        atomic.remove_tree(self.spool.state_dir("work") / batch_id / RESULT_DIR)
+        atomic.remove_tree(self.spool.path(batch_id) / RESULT_DIR)
         atomic.remove_tree(self.staging_dir(batch_id))
 
     def drop_staging(self, batch_id: str) -> None:

@@ -120,7 +120,8 @@ def _promote(ground: Ground) -> Report:
     classes = union_of_classes(ground.parent_classes, batch)
     examiner = Examiner(
         ground.home,
-        batch if batch.forgotten is None else None,
+        # Without images its own exam is empty, but stays the first: the gate looks for it there.
+        batch if batch.forgotten is None else batch.model_copy(update={"images": []}),
         held_dir,
         classes,
         threads=ground.threads,

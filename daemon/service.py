@@ -30,7 +30,7 @@ from deploy.store import VersionStore
 
 SWEEP_SECONDS = 600.0
 # The watcher sits on that folder; keys and targets of sharing are opened once.
-AFTER_RESTART = ("inbox.path", "signing.", "mirror.", "triton.")
+AFTER_RESTART = ("inbox.path", "learning.standby", "signing.", "mirror.", "triton.")
 OUTCOMES = ("published", "held", "failed", "duplicate")
 
 
@@ -145,12 +145,18 @@ class Service:
         before = dict(keys_of(self._config))
         changed = [key for key, value in keys_of(config) if value != before[key]]
         late = [key for key in changed if key.startswith(AFTER_RESTART)]
-        self._config = config
+        inbox = config.inbox.model_copy(update={"path": self._config.inbox.path})
+        self._config = config = config.model_copy(update={"inbox": inbox})
         self.reception.reconfigure(config)
         self._publisher.config = config
         self._events.max_bytes = config.log.events_max_bytes
         logs.set_level(config.log.level)
         self.tell("reloaded", changed=[key for key in changed if key not in late], after_restart=late)
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long a worker may take to stop."""
+        return self._config.learning.stop_seconds
 
     @property
     def summary(self) -> str:

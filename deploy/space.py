@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deploy.errors import StoreError
 from deploy.lineage import base_dir, find_deltas
-from deploy.manifest import WEIGHTS_NAME, Manifest
+from deploy.manifest import WEIGHTS_NAME, Manifest, file_record, load_manifest
 from deploy.prune import KEPT_WHEN_PRUNED, prune_version, thin_version
 from deploy.store_reader import StoreReader
 
@@ -99,10 +99,16 @@ def thin(store: StoreReader, versions: Sequence[int]) -> Freed:
     Raises:
         StoreError: there is no such version, or no live one.
     """
+    sound: dict[Path, bool] = {}  # base weights that were read, once each
 
     def why_not(manifest: Manifest) -> str | None:
         try:
-            base_dir(store, manifest.version)
+            base = base_dir(store, manifest.version)
+            if base not in sound:
+                expected = load_manifest(base).files[WEIGHTS_NAME]
+                sound[base] = file_record(base / WEIGHTS_NAME) == expected
+            if not sound[base]:
+                return f"it could not be rebuilt: {base / WEIGHTS_NAME} is damaged; restore it from a copy"
             find_deltas(store, manifest.lineage)
         except StoreError as error:
             return f"it could not be rebuilt: {error}"

@@ -10,7 +10,7 @@ import pytest
 
 from deploy import atomic
 from deploy.errors import StoreError, VerifyError
-from deploy.manifest import REQUIRED_NAMES, Manifest, record_files
+from deploy.manifest import REQUIRED_NAMES, SIGNATURE_NAME, Manifest, record_files
 from deploy.prune import KEPT_WHEN_PRUNED
 from deploy.store import VersionStore
 from deploy.store_reader import PublishedBatch
@@ -306,7 +306,7 @@ def test_pruning_keeps_what_is_needed_and_the_history(store: VersionStore) -> No
     assert store.prune(1) == [3, 4]
     assert store.full_versions() == [0, 1, 2, 5]
     assert store.versions() == [0, 1, 2, 3, 4, 5]
-    assert names(store.path(3)) == set(KEPT_WHEN_PRUNED)
+    assert names(store.path(3)) == set(KEPT_WHEN_PRUNED) - {SIGNATURE_NAME}
     assert VersionStore(store.serving_dir).published_batches()["3"] == PublishedBatch(
         version=3, producer_id="order 3", content_sha256=store.manifest(3).lineage[-1].delta_sha256
     )
@@ -332,7 +332,7 @@ def test_a_prune_that_was_cut_short_is_finished_by_the_next(store: VersionStore)
     (store.path(1) / "weights.safetensors").unlink()
     assert not store.is_full(1)
     assert store.prune(3) == [1]
-    assert names(store.path(1)) == set(KEPT_WHEN_PRUNED)
+    assert names(store.path(1)) == set(KEPT_WHEN_PRUNED) - {SIGNATURE_NAME}
 
 
 def test_pruning_everything_is_refused(store: VersionStore) -> None:

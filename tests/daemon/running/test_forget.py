@@ -141,3 +141,40 @@ def test_forgetting_cut_short_anywhere_is_ended_at_the_next_start(tiny, monkeypa
         finish_forgetting(tiny.home, tiny.home / "inbox")
         assert batch not in pictures(tiny)
         assert finish_forgetting(tiny.home, tiny.home / "inbox") == []
+
+
+def test_a_drop_that_only_its_owner_can_remove_is_told_and_stops_nothing(tiny, monkeypatch):
+    """The rest goes, the next start works, and the sentence says whose turn it is."""
+    batch = tiny.add("queued", 3)
+    claimed = tiny.home / "inbox" / f".claimed-{batch}"
+    claimed.mkdir(parents=True)
+    remove = atomic.remove_tree
+
+    def refuse(path):
+        if path == claimed:
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path)
+
+    monkeypatch.setattr(atomic, "remove_tree", refuse)
+    answer = order_forget(tiny, batch)
+
+    assert (answer.exit_code, answer.result["state"]) == (0, "failed")
+    assert any(str(claimed) in sentence and "owner" in sentence for sentence in answer.result["remains"])
+    assert finish_forgetting(tiny.home, tiny.home / "inbox") == []
+    tiny.start()
+    assert tiny.service.trouble is None
+
+
+def test_what_a_batch_taught_before_its_next_attempt_is_forgotten_too(tiny):
+    """Plan, delta and staged weights of an attempt that failed go with the images."""
+    batch = tiny.add("queued", 3)
+    result = tiny.spool.path(batch) / "result"
+    result.mkdir()
+    (result / "delta.safetensors").write_bytes(b"learnt")
+    staging = tiny.store.versions_dir / f".staging-{batch}"
+    staging.mkdir()
+    (staging / "weights.safetensors").write_bytes(b"learnt")
+
+    assert order_forget(tiny, batch).result["state"] == "failed"
+    assert not staging.exists()
+    assert not (tiny.spool.path(batch) / "result").exists()
