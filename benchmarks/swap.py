@@ -154,7 +154,9 @@ def measure(
         ]
         for thread in threads:
             thread.start()
-        for _ in range(swaps):
+        for done in range(swaps):
+            if done % 10 == 0:
+                print(f"{kind.__name__}: {done} of {swaps} swaps", flush=True)
             has_loaded.clear()
             orders.send("publish")
             orders.recv()
