@@ -69,12 +69,21 @@ def what_remains(home: Path, batch: Batch) -> list[str]:
     """What is left of a forgotten batch, a sentence each."""
     record = Spool(home).path(batch.id) / BATCH_FILE
     learnt = "what was learnt from the images: the weights of the versions since, and the delta"
+    twins = [
+        other.id
+        for other in Spool(home).batches(*STATES[1:])
+        if other.id != batch.id
+        and other.forgotten is None
+        and (other.duplicate_of == batch.id or other.content_sha256 == batch.content_sha256)
+    ]
+    again = [f"the same images came again and lie in {', '.join(twins)}: forget these too"] if twins else []
     known = "class names, counts, and the images' hashes, by which they are recognised should they come again"
     return [
         f"{learnt} (`dynlora revert {batch.id}` takes it out of the live version)",
         f"the record {record}: {known}; and what manifests say of the batch",
         "names of files where events.jsonl and logs told of them, and every copy outside this home",
         "its exam is gone: later batches are no longer graded on it",
+        *again,
     ]
 
 

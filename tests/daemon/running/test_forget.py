@@ -178,3 +178,14 @@ def test_what_a_batch_taught_before_its_next_attempt_is_forgotten_too(tiny):
     assert order_forget(tiny, batch).result["state"] == "failed"
     assert not staging.exists()
     assert not (tiny.spool.path(batch) / "result").exists()
+
+
+def test_the_same_images_in_another_batch_are_named(tiny):
+    """A second delivery is a batch of its own, and whoever wants images gone must know of it."""
+    batch, twin = tiny.add("queued", 3), tiny.add("held", 4)
+    record = tiny.spool.load(twin)
+    tiny.spool.save(record.model_copy(update={"duplicate_of": batch}))
+
+    remains = order_forget(tiny, batch).result["remains"]
+    assert any(twin in sentence and "forget these too" in sentence for sentence in remains)
+    assert not any("forget these too" in sentence for sentence in order_forget(tiny, twin).result["remains"])
