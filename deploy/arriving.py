@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.errors import ShareError
+from deploy.errors import ShareError, SignatureError
 from deploy.fetch import PART_SUFFIX, Fetcher
 from deploy.manifest import (
     MANIFEST_NAME,
@@ -126,7 +126,10 @@ class Catalogue:
             signature = (directory / SIGNATURE_NAME).read_bytes()
         if not content or (self._trust is not None and not signature):
             return None
-        return self._checked(content, signature, directory)
+        try:
+            return self._checked(content, signature, directory)
+        except SignatureError:
+            return None  # the keys have changed: what is there may be signed with the new one
 
     def _arriving(self, folder: str) -> Arriving:
         """Fetch manifest and signature of a version."""

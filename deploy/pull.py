@@ -25,7 +25,7 @@ from deploy.arriving import Arriving, Catalogue
 from deploy.errors import ShareError, StoreError
 from deploy.fetch import Fetcher
 from deploy.installing import Installer
-from deploy.manifest import Manifest
+from deploy.manifest import SIGNATURE_NAME, Manifest
 from deploy.prune import prune_version
 from deploy.remote import Remote
 from deploy.signing import TrustedKeys
@@ -104,6 +104,8 @@ def pull(remote: Remote, directory: Path, options: PullOptions = PullOptions()) 
                     "newer versions are to be taken (--forward-only)"
                 )
             deltas_folded = installer.install(head)
+        _keep_signature(store, head, is_trusted=options.trust is not None)
+        if is_new:
             marker = marker if before == head.manifest.version else Marker(previous=before)
             _write_marker(store, marker)
             atomic.replace_symlink(directory / CURRENT_NAME, f"{VERSIONS_NAME}/{head.manifest.version}")
@@ -159,6 +161,13 @@ def _prepare(store: StoreReader) -> Marker:
     marker = Marker()
     _write_marker(store, marker)
     return marker
+
+
+def _keep_signature(store: StoreReader, head: Arriving, *, is_trusted: bool) -> None:
+    """A version that was here before it was signed, or signed with another key, gets its new signature."""
+    path = store.path(head.manifest.version) / SIGNATURE_NAME
+    if is_trusted and (not path.is_file() or path.read_bytes() != head.signature):
+        atomic.write_file(path, head.signature, mode=0o444)
 
 
 def _write_marker(store: StoreReader, marker: Marker) -> None:

@@ -89,7 +89,7 @@ class Repository:
             atomic.make_dir(self._folder / model)
             for number in served:
                 target = self._folder / model / str(number)
-                if not _is_there(target, store.manifest(number), tower):
+                if not _is_there(target, store, number, tower):
                     is_shared &= self._add(store, number, tower, target)
                     added.append(f"{model}/{number}")
             text = config_text(
@@ -190,8 +190,15 @@ parameters {{ key: "dynlora_live_version" value: {{ string_value: "{versions[0]}
 """
 
 
-def _is_there(target: Path, manifest: Manifest, tower: str) -> bool:
-    """Tell whether a version is in the repository; it came by one rename, so sizes tell."""
+def _is_there(target: Path, store: StoreReader, number: int, tower: str) -> bool:
+    """Tell whether this very version is in the repository: it came by one rename, with its manifest.
+
+    A store that was made anew, or restored from a copy, has other versions under the same numbers.
+    """
+    mine, source = target / MANIFEST_NAME, store.path(number) / MANIFEST_NAME
+    if not mine.is_file() or mine.read_bytes() != source.read_bytes():
+        return False
+    manifest = store.manifest(number)
     places = {
         WEIGHTS_NAME: target / MODEL_NAME / WEIGHTS_NAME,
         _TOWERS[tower]: target / MODEL_NAME / MODEL_NAME,

@@ -142,15 +142,19 @@ class Coordination:
         return []
 
     def _welcome(self) -> list[Order]:
-        """Tell those who have loaded what is agreed, and do not answer from it yet, to do so."""
+        """Let those answer from what is agreed who have loaded it, and those leave who cannot."""
         if self.agreed is None or self.is_closing:
             return []
         orders = []
         for worker in self._staying():
             state = self._state(worker)
-            if self.agreed in state.loaded and state.live != self.agreed:
+            if state.live == self.agreed:
+                continue
+            if self.agreed in state.loaded:
                 state.live = self.agreed
                 orders.append(Order(worker, "flip", self.agreed))
+            elif self.agreed in state.failed:  # it was not waited for, and cannot follow
+                orders += self._send_away(worker)
         return orders
 
     def _send_away(self, worker: int) -> list[Order]:

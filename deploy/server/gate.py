@@ -20,6 +20,7 @@ from deploy.server.state import State
 
 OPEN_PATHS = ("/", "/docs", "/page/", "/openapi.json", "/v2/health/live", "/v2/health/ready")
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_UNADMITTED_BYTES = 64 << 10  # of a request that makes no model work
 _OUTCOMES = {408: "timeout", 429: "rejected", 503: "timeout"}
 
 _log = logging.getLogger("dynlora.access")
@@ -68,6 +69,10 @@ class Gate:
             name = host if host.endswith("]") else host.rsplit(":", 1)[0]
             if name not in _LOOPBACK_NAMES:
                 raise Problem(403, f"this server is for this machine only, and {name!r} is not its name")
+            # A page of the web cannot read our answers, but could keep us busy.
+            origin = headers.get(b"origin", b"").decode("latin-1").lower()
+            if origin and origin.partition("://")[2] != host:
+                raise Problem(403, f"this server is for this machine only, not for pages of {origin!r}")
 
 
 class _Exchange:
@@ -117,9 +122,13 @@ class _Exchange:
             if self._is_admitted:
                 self._state.body_bytes += size
             self._is_complete = not message.get("more_body", False)
-            limit = self._state.settings.limits.body_bytes
+            limits = self._state.settings.limits
+            limit = limits.body_bytes if self._is_admitted else _UNADMITTED_BYTES
             if self._received_bytes > limit:
                 raise Problem(413, f"the body has more than {limit} bytes")
+            if self._is_admitted and self._received_bytes < self._state.body_bytes > limits.waiting_bytes:
+                self._state.metrics.rejected(self._model or "unknown", self._version())
+                raise Problem(429, "the server holds as much as it can take; try again in a moment")
         return message
 
     async def send(self, message: Message) -> None:

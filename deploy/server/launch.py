@@ -14,6 +14,7 @@ def serve(settings: Settings) -> None:
     """
     StoreReader(settings.serving_dir).live_manifest()  # the commonest mistake, told before anything starts
     listener = listen(settings)
+    ours = settings.uds.lstat().st_ino if settings.uds else None
     try:
         if settings.workers == 1:
             from deploy.server.single import serve_single
@@ -25,5 +26,6 @@ def serve(settings: Settings) -> None:
             serve_workers(settings, listener)
     finally:
         listener.close()
-        if settings.uds:
+        # Another server may have taken the path over while our last answers went out.
+        if settings.uds and settings.uds.exists() and settings.uds.lstat().st_ino == ours:
             settings.uds.unlink(missing_ok=True)

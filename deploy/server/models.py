@@ -150,9 +150,12 @@ def checked_top(top: Any) -> int:
     Raises:
         Problem: it is no such number.
     """
-    if isinstance(top, bool) or not isinstance(top, int | float) or not math.isfinite(top) or top < 1:
-        raise Problem(400, f"top must be a whole number from 1, found {top!r}")
-    return min(int(top), 1 << 20)
+    most = 1 << 20
+    is_number = isinstance(top, int | float) and not isinstance(top, bool)
+    if not is_number or not top >= 1 or top == math.inf:  # comparing is safe for integers of any length
+        shown = f"{top!r}" if isinstance(top, float | str) else type(top).__name__
+        raise Problem(400, f"top must be a whole number from 1, found {shown[:80]}")
+    return most if top > most else int(top)
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -159,14 +159,8 @@ class Supervisor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _tend(self, number: int, pause_seconds: float) -> None:
-        """Start a worker, listen to it until it ends, and start another one in its place."""
-        await _wait(self._stop, pause_seconds)
-        if self._stop.is_set():
-            return
-        began = time.monotonic()
-        ours, theirs = socket.socketpair()
-        process = await asyncio.create_subprocess_exec(
+    async def _start_process(self, theirs: socket.socket) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "deploy.server.worker"),
             *(str(theirs.fileno()), str(self._listener.fileno())),
             pass_fds=(theirs.fileno(), self._listener.fileno()),
@@ -174,7 +168,23 @@ class Supervisor:
             env=os.environ | {MULTIPROCESS_VARIABLE: str(self._metrics_dir)},
             start_new_session=True,  # Ctrl-C at a terminal comes to us alone
         )
-        theirs.close()
+
+    async def _tend(self, number: int, pause_seconds: float) -> None:
+        """Start a worker, listen to it until it ends, and start another one in its place."""
+        await _wait(self._stop, pause_seconds)
+        if self._stop.is_set():
+            return
+        began = time.monotonic()
+        ours, theirs = socket.socketpair()
+        try:
+            process = await self._start_process(theirs)
+        except OSError as error:  # no memory or no process to be had: later, perhaps
+            ours.close()
+            _log.warning("a worker cannot be started: %s", error)
+            self._spawn(min(_LONGEST_PAUSE_SECONDS, 2 * pause_seconds + 0.1))
+            return
+        finally:
+            theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
         writer.write(json.dumps(self._settings.to_json()).encode() + b"\n")
         self._children[number] = _Child(process, writer)

@@ -229,6 +229,19 @@ def test_pull_takes_signed_versions_only(serving: Path, tmp_path: Path, keys: tu
     assert TrustedKeys.load(keys[1]).load_manifest(edge / "versions/1").version == 1
 
 
+def test_a_copy_gets_the_signature_that_came_later_and_the_new_key_s(
+    serving: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    """Pulled before it was signed, or signed with a key that has been replaced since."""
+    edge, new = tmp_path / "edge", make_key(tmp_path, "new")
+    pull(FolderRemote(serving), edge)
+    for private, public in (keys, new):
+        SigningKey.load(private).sign_version(serving / "versions/0")
+        trusted = TrustedKeys.load(public)
+        assert pull(FolderRemote(serving), edge, PullOptions(trust=trusted)).version == 0
+        assert trusted.load_manifest(edge / "versions/0").version == 0
+
+
 def test_a_signed_file_that_is_no_manifest_is_refused(small: Path, keys: tuple[Path, Path]) -> None:
     """A signature says who made it, not that it can be read."""
     key = SigningKey.load(keys[0])

@@ -159,6 +159,16 @@ def test_versions_come_and_go_and_a_roll_back_is_followed(serving: Path, tmp_pat
     assert sync(StoreReader(serving), tmp_path).added == ()
 
 
+def test_another_version_under_the_same_number_replaces_what_is_there(serving: Path, tmp_path: Path) -> None:
+    """A store that was made anew has other versions of the same sizes."""
+    sync(StoreReader(serving), tmp_path)
+    manifest = tmp_path / "dynlora_vision" / "0" / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_bytes(manifest.read_bytes().replace(b'"initial"', b'"other"  '))
+
+    assert "dynlora_vision/0" in sync(StoreReader(serving), tmp_path).added
+
+
 def test_a_half_written_version_has_a_name_that_triton_ignores(
     serving: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from deploy.runtime import LoadedVersion
+from deploy.server.models import checked_top
+from deploy.server.problems import Problem
 from tests.deploy.server.servers import jpeg
 
 
@@ -63,6 +65,7 @@ BAD = {
     "field": ({"files": {"picture": jpeg()}}, 400, "no field 'picture'"),
     "broken form": ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "form"),
     "top": ({"content": jpeg(), "params": {"top": "many"}}, 400, "top must be"),
+    "negative top": ({"content": jpeg(), "params": {"top": "-1"}}, 400, "top must be"),
     "many": ({"files": [("image", jpeg())] * 65}, 413, "at most 64"),
     "labels": ({"files": {"image": jpeg()}, "data": {"labels": [f"l{i}" for i in range(1001)]}}, 413,
                "at most 1000"),
@@ -92,3 +95,11 @@ def test_a_body_above_the_limit_is_cut_off(http: httpx.Client, announced: bool) 
 
     assert answer is None or answer.status_code == 413
     assert http.get("/v2/health/live").status_code == 200
+
+
+def test_a_number_of_labels_beyond_any_float_is_a_number() -> None:
+    """JSON knows integers of any length; neither they nor odd values end in a 500."""
+    assert checked_top(10**400) == checked_top(1 << 20)
+    for odd in (-(10**400), 0, float("nan"), float("inf"), True, "3", None, [1]):
+        with pytest.raises(Problem, match="top must be"):
+            checked_top(odd)

@@ -99,6 +99,13 @@ def test_a_web_page_cannot_reach_in_through_a_name_of_its_own(http: httpx.Client
     assert http.get("/version", headers={"Host": "localhost:1"}).status_code == 200
 
 
+def test_a_web_page_of_another_site_cannot_keep_us_busy(http: httpx.Client) -> None:
+    """A form needs no permission to be sent; our own page names our own address."""
+    assert http.get("/version", headers={"Origin": "https://evil.example"}).status_code == 403
+    own = str(http.base_url).rstrip("/")
+    assert http.get("/version", headers={"Origin": own}).status_code == 200
+
+
 def test_a_unix_socket_serves_its_group_alone(published: Path, tmp_path: Path) -> None:
     """With 0660, replaced after a crash, gone after a clean end."""
     path = tmp_path / "s.sock"
