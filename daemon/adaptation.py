@@ -6,13 +6,11 @@ Everything written is either inside the batch's own directory or in the store's 
 crash at any point loses nothing but time. The decision to publish is not made here.
 """
 
-import os
 import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,14 @@ from daemon.config import Config
 from daemon.errors import WorkerError
 from daemon.examine import Examiner, load_pixels
 from daemon.founding import software_versions
+from daemon.grading import Grading, Stopwatch
 from daemon.plan import Plan, seed_of, settle_plan
-from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report, metrics_of
+from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
 from daemon.spool import Spool
 from daemon.staging import Candidate, stage_candidate
 from daemon.worker import Outlet, StopFlag
 from deploy import atomic
+from deploy.cpus import usable_cpus
 from deploy.delta import Delta, Factor, save_delta
 from deploy.errors import VerifyError
 from deploy.lineage import reverted_batches
@@ -42,36 +42,15 @@ from deploy.manifest import (
     ClassEntry,
     Manifest,
     load_classes,
-    save_manifest,
 )
 from deploy.preprocess import Preprocessing
 from deploy.runtime import LoadedVersion
 from deploy.store import VersionStore
-from deploy.verify import PUBLISH_TOLERANCE, check_staged, graph_hashes
 from dynlora import settings as presets
 from dynlora.clip import load_version
 from dynlora.errors import CheckpointError, ModelError
 from dynlora.learner import Adaptation, Hooks, Progress, adapt
 from dynlora.task import Name, Task
-
-
-@dataclass
-class Stopwatch:
-    """Seconds spent per stage, and the word to the outside that it begins."""
-
-    outlet: Outlet
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, *, is_told: bool = True) -> Iterator[None]:
-        """Time one stage; the same name adds up."""
-        if is_told:
-            self.outlet.phase(name)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0) + time.monotonic() - started, 3)
 
 
 def adapt_batch(
@@ -114,29 +93,15 @@ def adapt_batch(
         record = save_delta(result_dir / DELTA_NAME, delta)
         candidate = Candidate(store, parent_manifest, batch, delta, record, classes)
         staged = stage_candidate(candidate, result_dir / DELTA_NAME, clip=clip)
-    with _making_candidate(), watch.stage("verify"):
-        files = check_staged(
-            staged.directory,
-            embed_dim=parent_manifest.embed_dim,
-            parent_graphs=graph_hashes(parent_manifest.files),
-            known={WEIGHTS_NAME: staged.weights},
-        )
-        draft = candidate.manifest_draft(files)
-        # Provisional, so that the candidate can be loaded as clients will; publishing writes the final one.
-        save_manifest(staged.directory, Manifest.model_validate(draft | {"version": store.next_version()}))
-        version = LoadedVersion(staged.directory, threads=plan.threads)  # reads every file again
-    with _making_candidate(), version:
-        with watch.stage("verify", is_told=False):
-            parity = version.measure_parity(PUBLISH_TOLERANCE)
-        with watch.stage("exam"):
-            after = examiner.ask(version)
-    exams = examiner.compare(before, after)
+    grading = Grading(store, parent_manifest, examiner, before, watch)
+    with _making_candidate():
+        known = {WEIGHTS_NAME: staged.weights}
+        draft, exams = grading.of(staged.directory, candidate.manifest_draft, known=known)
     draft |= {
         "method": _method(plan, adaptation, watch.seconds["train"]),
         "ranks": adaptation.ranks,
         "delta_norm": delta.norm,
         "drift_norm": staged.drift,
-        "metrics": metrics_of(exams, before.cosines_with(after)) | {"parity": parity},
     }
     report = _report(draft, exams, warnings=examiner.warnings, seconds=watch.seconds)
     atomic.write_text(result_dir / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
@@ -224,7 +189,7 @@ def _plan(batch: Batch, parent: Manifest, config: Config) -> Plan:
         parent_weights_sha256=weights_sha256,
         seed=seed_of(batch.content_sha256, weights_sha256, learning.seed),
         splits={image.sha256: image.split for image in batch.images},
-        threads=learning.threads or len(os.sched_getaffinity(0)),
+        threads=learning.threads or usable_cpus(),
         preset=learning.preset,
         settings=settings.as_dict(),
         software=software_versions(),

@@ -8,20 +8,21 @@ reference outputs that parity is checked against: computed by ONNX Runtime they 
 Nothing outside the store's staging directory is written. The decision to publish is not made here.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daemon.adaptation import Stopwatch, union_of_classes
+from daemon.adaptation import union_of_classes
 from daemon.batch import read_batch
 from daemon.config import Config
 from daemon.errors import WorkerError
 from daemon.examine import Examiner, Grades
-from daemon.report import RESULT_DIR, Report, load_report, metrics_of, staging_name
+from daemon.grading import Grading, Stopwatch
+from daemon.report import RESULT_DIR, Report, load_report, staging_name
 from daemon.spool import Spool
 from daemon.staging import Candidate, inherited, stage_candidate, write_beside_weights
 from daemon.worker import Outlet
+from deploy.cpus import usable_cpus
 from deploy.delta import load_delta
 from deploy.lineage import (
     batch_infos,
@@ -37,10 +38,8 @@ from deploy.manifest import (
     Manifest,
     file_record,
     load_classes,
-    save_manifest,
 )
 from deploy.store import VersionStore
-from deploy.verify import graph_hashes, verify_staged
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Ground:
     @property
     def threads(self) -> int:
         """Of ONNX Runtime."""
-        return self.config.learning.threads or len(os.sched_getaffinity(0))
+        return self.config.learning.threads or usable_cpus()
 
 
 def revise(home: Path, command: str, batch_id: str, parent: int, config: Config, *, outlet: Outlet) -> Report:
@@ -148,15 +147,8 @@ def _finish(
 ) -> Report:
     """Verify and grade what was staged."""
     parent, watch = ground.parent, ground.watch
-    with watch.stage("verify"):
-        checked = verify_staged(staging, embed_dim=parent.embed_dim, parent_graphs=graph_hashes(parent.files))
-    draft |= inherited(parent, checked.files)
-    with watch.stage("exam"):
-        # Provisional, so that the candidate can be loaded as clients will; publishing writes the final one.
-        save_manifest(staging, Manifest.model_validate(draft | {"version": ground.store.next_version()}))
-        after = examiner.grade(staging)
-    exams = examiner.compare(before, after)
-    draft["metrics"] = metrics_of(exams, before.cosines_with(after)) | {"parity": checked.parity}
+    grading = Grading(ground.store, parent, examiner, before, watch)
+    draft, exams = grading.of(staging, lambda files: draft | inherited(parent, files))
     return Report(
         batch=ground.batch_id,
         parent=parent.version,

@@ -167,6 +167,9 @@ class Service:
     def _doing(self) -> str:
         if self.trouble:
             return f"waiting: {self.trouble}"
+        if (revising := self._reviser.working) is not None:
+            what = revising.get("batch") or f"version {revising.get('version')}"
+            return f"{revising['command']} {what}: {revising.get('phase', 'start')}"
         working = self._lifecycle.working
         if working is None:
             queued = len(self._spool.ids("queued"))

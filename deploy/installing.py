@@ -24,7 +24,7 @@ from deploy.manifest import (
     WEIGHTS_NAME,
     FileRecord,
     Manifest,
-    file_record,
+    is_as_recorded,
 )
 from deploy.store_reader import VERSIONS_NAME, StoreReader
 from deploy.verify import verify_version
@@ -84,7 +84,7 @@ class Installer:
         staging = self._stage(arriving)
         self._gather(arriving, staging)
         record = arriving.manifest.files[WEIGHTS_NAME]
-        if not _has(staging / WEIGHTS_NAME, record):
+        if not is_as_recorded(staging / WEIGHTS_NAME, record):
             self._fetch.file(self._remote_name(arriving, WEIGHTS_NAME), record, staging / WEIGHTS_NAME)
         self._seal(arriving, staging)
         self._settle(staging, arriving.manifest.version)
@@ -110,12 +110,12 @@ class Installer:
 
     def _obtain(self, arriving: Arriving, name: str, record: FileRecord, target: Path) -> None:
         """Have a file in its place: it is there already, a version here has the same, or it is fetched."""
-        if _has(target, record):
+        if is_as_recorded(target, record):
             return
         target.unlink(missing_ok=True)
         for source in self._same_here(name, record):
             copy_file(source, target)
-            if _has(target, record):
+            if is_as_recorded(target, record):
                 return
             target.unlink()  # it was damaged here
         self._fetch.file(self._remote_name(arriving, name), record, target)
@@ -131,7 +131,7 @@ class Installer:
     def _fold(self, head: Arriving, staging: Path, known: dict[int, Manifest], wanted: list[int]) -> int:
         """Write the weights from the nearest ones that are here; return how many deltas that took."""
         record = head.manifest.files[WEIGHTS_NAME]
-        if _has(staging / WEIGHTS_NAME, record):
+        if is_as_recorded(staging / WEIGHTS_NAME, record):
             return 0
         whole = {number: known[number] for number in known if self._store.is_full(number)}
         found = None
@@ -162,7 +162,7 @@ class Installer:
             ShareError: they are, and the next pull will fetch them anew.
         """
         path = self._store.path(number) / WEIGHTS_NAME
-        if not _has(path, record):
+        if not is_as_recorded(path, record):
             atomic.remove_file(path)
             raise ShareError(f"{path} was damaged and has been removed: pull again, which fetches it anew")
 
@@ -197,8 +197,3 @@ class Installer:
 
 def _staging_name(arriving: Arriving) -> str:
     return f"{STAGING_PREFIX}{arriving.manifest.version}-{hashlib.sha256(arriving.content).hexdigest()[:12]}"
-
-
-def _has(path: Path, record: FileRecord) -> bool:
-    """Tell whether a file is what it must be."""
-    return path.is_file() and path.stat().st_size == record.bytes and file_record(path) == record

@@ -20,6 +20,7 @@ from deploy.manifest import (
     Manifest,
     class_key,
     file_record,
+    is_as_recorded,
     load_classes,
 )
 from deploy.store_reader import StoreReader
@@ -150,7 +151,7 @@ def fold_lineage(
     """
     base = base_dir(store, like)
     expected = store.manifest(int(base.name)).files[WEIGHTS_NAME]
-    if file_record(base / WEIGHTS_NAME) != expected:
+    if not is_as_recorded(base / WEIGHTS_NAME, expected):
         raise StoreError(f"{base / WEIGHTS_NAME} is not what its manifest records: restore it from a copy")
     deltas: list[Delta] = [load_delta(found) for found in find_deltas(store, lineage)]
     return write_folded(path, read_weights(base / WEIGHTS_NAME), deltas, told=told)

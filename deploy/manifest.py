@@ -240,6 +240,12 @@ def file_record(path: Path) -> FileRecord:
         return record_of(block[:count] for count in iter(lambda: file.readinto(block), 0))
 
 
+def is_as_recorded(path: Path, record: FileRecord) -> bool:
+    """Tell whether a plain file of that size and content lies there; of another size, it is not read."""
+    is_plain = path.is_file() and not path.is_symlink()
+    return is_plain and path.stat().st_size == record.bytes and file_record(path) == record
+
+
 def record_of(pieces: Iterable[bytes | memoryview]) -> FileRecord:
     """Return the sha256 and size of the pieces put together."""
     digest, size = hashlib.sha256(), 0

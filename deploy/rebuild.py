@@ -14,7 +14,7 @@ from pathlib import Path
 from deploy import atomic
 from deploy.errors import StoreError, VerifyError
 from deploy.lineage import Told, fold_lineage
-from deploy.manifest import WEIGHTS_NAME, FileRecord, file_record
+from deploy.manifest import WEIGHTS_NAME, is_as_recorded
 from deploy.store import VersionStore
 
 
@@ -30,7 +30,7 @@ def lacking_files(store: VersionStore, version: int) -> list[str]:
         StoreError: there is no such version.
     """
     files, directory = store.manifest(version).files, store.path(version)
-    return [name for name, record in files.items() if not _is_right(directory / name, record)]
+    return [name for name, record in files.items() if not is_as_recorded(directory / name, record)]
 
 
 def stage_rebuild(store: VersionStore, version: int, *, told: Told | None = None) -> list[str]:
@@ -80,18 +80,12 @@ def adopt_rebuild(store: VersionStore, version: int) -> list[str]:
         (staging / name).chmod(0o444)
     atomic.fsync_tree(staging)
     for name in names:
-        if name not in files or not _is_right(staging / name, files[name]):
+        if name not in files or not is_as_recorded(staging / name, files[name]):
             raise VerifyError(f"{staging / name} is not what version {version}'s manifest records")
     for name in names:
         atomic.rename(staging / name, directory / name)
     atomic.remove_tree(staging)
     return names
-
-
-def _is_right(path: Path, record: FileRecord) -> bool:
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != record.bytes:
-        return False
-    return file_record(path) == record
 
 
 def _find_copy(store: VersionStore, version: int, name: str) -> Path:
@@ -102,7 +96,9 @@ def _find_copy(store: VersionStore, version: int, name: str) -> Path:
     """
     record = store.manifest(version).files[name]
     for other in store.versions():
-        if store.manifest(other).files.get(name) == record and _is_right(store.path(other) / name, record):
+        if store.manifest(other).files.get(name) == record and is_as_recorded(
+            store.path(other) / name, record
+        ):
             return store.path(other) / name
     raise StoreError(
         f"version {version} cannot be rebuilt: {name} with sha256 {record.sha256} is in no other version. "

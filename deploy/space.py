@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deploy.errors import StoreError
 from deploy.lineage import base_dir, find_deltas
-from deploy.manifest import WEIGHTS_NAME, Manifest, file_record, load_manifest
+from deploy.manifest import WEIGHTS_NAME, Manifest, is_as_recorded, load_manifest
 from deploy.prune import KEPT_WHEN_PRUNED, prune_version, thin_version
 from deploy.store_reader import StoreReader
 
@@ -106,7 +106,7 @@ def thin(store: StoreReader, versions: Sequence[int]) -> Freed:
             base = base_dir(store, manifest.version)
             if base not in sound:
                 expected = load_manifest(base).files[WEIGHTS_NAME]
-                sound[base] = file_record(base / WEIGHTS_NAME) == expected
+                sound[base] = is_as_recorded(base / WEIGHTS_NAME, expected)
             if not sound[base]:
                 return f"it could not be rebuilt: {base / WEIGHTS_NAME} is damaged; restore it from a copy"
             find_deltas(store, manifest.lineage)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from deploy.cpus import usable_cpus
 from deploy.errors import ServerError
 
 CREDENTIAL_NAME = "dynlora-token"  # systemd: LoadCredential=dynlora-token:/etc/dynlora/token
@@ -77,7 +78,7 @@ class Settings:
     @property
     def threads_per_worker(self) -> int:
         """Runs at once in one worker."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return self.threads or max(1, usable_cpus() // self.workers)
 
     def to_json(self) -> dict[str, Any]:
         """Everything a worker process needs; goes through its socket and never over a command line."""

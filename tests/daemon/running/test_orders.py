@@ -148,6 +148,8 @@ def test_a_command_that_no_longer_waits_ends_the_work_it_asked_for(tiny):
     wait(tiny, lambda: tiny.service._reviser.working)
     pid = tiny.service._reviser._job.worker.pid
     assert json.loads((tiny.home / "status.json").read_text())["revising"]["request"] == name
+    command = tiny.service._reviser.working["command"]
+    assert tiny.service.summary.startswith(f"{command} ")  # what `systemctl status` says
 
     requests.withdraw(tiny.home, name)
     wait(tiny, lambda: tiny.service._lifecycle.working)
