@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from deploy import atomic
 from deploy.errors import ShareError
 from deploy.manifest import DELTA_NAME, MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME, Manifest, file_record
-from deploy.remote import PIECE_BYTES, POINTER_NAME, Pointer, open_file_system, store_errors
+from deploy.remote import PIECE_BYTES, POINTER_NAME, Pointer, folder_of, open_file_system, store_errors
 from deploy.store_reader import VERSIONS_NAME, StoreReader
 
 # Once a version is gone from here, its history stays there: others are folded through it.
@@ -136,7 +136,7 @@ def open_target(address: str) -> Target:
     if scheme in {"http", "https"}:
         raise ShareError(f"{address} cannot be written to: give a folder, or an object store such as s3://…")
     if scheme in {"", "file"}:
-        return FolderTarget(Path(address.removeprefix("file://")).absolute())
+        return FolderTarget(folder_of(address).absolute())
     return StoreTarget(address)
 
 
@@ -183,8 +183,9 @@ def mirror(store: StoreReader, target: Target, *, full: int = 0, check: bool = F
         for number in manifests
     }
     work = _Work(store, target, should_check=check)
-    work.check_is_same(min(manifests))
     wanted = wanted_files(manifests, here, live=live, full=full)
+    for number in wanted:
+        work.check_is_same(number)
     for number in sorted(wanted):
         work.bring(number, manifests[number], wanted[number])
     work.point(live)
@@ -203,14 +204,17 @@ class _Work:
         self._there: dict[int, dict[str, int]] = {}
         self.uploaded = self.uploaded_bytes = self.removed = self.checked = 0
 
-    def check_is_same(self, first: int) -> None:
-        """Refuse to write over another store's mirror."""
-        name = f"{VERSIONS_NAME}/{first}/{MANIFEST_NAME}"
+    def check_is_same(self, number: int) -> None:
+        """Refuse to write over another store's mirror, or over versions that this one no longer knows.
+
+        A store that was restored from a copy gives their numbers away again.
+        """
+        name = f"{VERSIONS_NAME}/{number}/{MANIFEST_NAME}"
         try:
             found = b"".join(self._target.read(name))
         except FileNotFoundError:
             return
-        if found != (self._store.path(first) / MANIFEST_NAME).read_bytes():
+        if found != (self._store.path(number) / MANIFEST_NAME).read_bytes():
             raise ShareError(
                 f"{name} there is another store's: nothing was written. Give another address, "
                 "or empty that one."

@@ -158,8 +158,15 @@ def open_remote(address: str) -> Remote:
     if scheme in {"http", "https"}:
         return WebRemote(address)
     if scheme in {"", "file"}:
-        return FolderRemote(Path(urllib.parse.unquote(address.removeprefix("file://"))))
+        return FolderRemote(folder_of(address))
     return StoreRemote(address)
+
+
+def folder_of(address: str) -> Path:
+    """Return the folder that a path, or a file:// URL with its escapes, names."""
+    if not address.startswith("file://"):
+        return Path(address)
+    return Path(urllib.parse.unquote(address.removeprefix("file://")))
 
 
 def open_file_system(url: str) -> tuple[Any, str]:

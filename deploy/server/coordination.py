@@ -106,6 +106,11 @@ class Coordination:
         known = {w for w, s in self._workers.items() if self.proposed in s.loaded | s.failed}
         return [w for w, s in self._workers.items() if s.is_leaving or (s.is_serving and w not in known)]
 
+    @property
+    def has_leaving(self) -> bool:
+        """Whether a worker was sent away that may be giving its last answers still."""
+        return any(state.is_leaving for state in self._workers.values())
+
     def _next(self) -> list[Order]:
         """Go on as far as the reports allow."""
         orders = self._advance() if self.proposed is not None else []
@@ -125,7 +130,7 @@ class Coordination:
             return self._drop(epoch)
         unable = [w for w in self._staying() if epoch in self._state(w).failed]
         orders = [order for worker in unable for order in self._send_away(worker)]
-        if any(state.is_leaving for state in self._workers.values()):
+        if self.has_leaving:
             return orders  # they may be answering still
         self.is_closing = True
         serving = [w for w in able if self._state(w).is_serving]

@@ -142,6 +142,8 @@ class Supervisor:
         patience = _CLOSE_SECONDS if is_closing else _LOAD_SECONDS
         if not is_closing and self._first_took is not None:
             patience = _LATE_SECONDS + 3 * self._first_took
+        if coordination.has_leaving:  # what is in flight may take its whole time
+            patience += self._settings.drain_seconds + self._settings.limits.request_seconds
         if time.monotonic() - self._phase[1] > patience:
             self._kill(coordination.awaited())
 

@@ -122,6 +122,22 @@ def test_another_stores_mirror_is_not_written_over(serving: Path, tmp_path: Path
         open_target("https://example.org/versions")
 
 
+def test_a_version_made_anew_under_an_old_number_is_not_mixed_in(serving: Path, tmp_path: Path) -> None:
+    """A store restored from a copy counts on from there; nothing is written before all manifests agree."""
+    folder = tmp_path / "a mirror"
+    target = open_target(f"file://{tmp_path}/a%20mirror")  # the same folder that `pull` would read
+    mirror(StoreReader(serving), target)
+    last = max(StoreReader(serving).versions())
+    other = folder / "versions" / str(last) / MANIFEST_NAME
+    other.chmod(0o644)
+    other.write_bytes(other.read_bytes().replace(b'"created_at"', b'"created_at" '))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    with pytest.raises(ShareError, match="another store's"):
+        mirror(StoreReader(serving), target)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
 @given(
     weights=st.sets(st.integers(0, 9)),
     live=st.integers(0, 9),
