@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from deploy.answers import Classification, ClientEvent, Embeddings
 from deploy.background import BackgroundThread, return_memory
 from deploy.errors import ClientError, DeployError
+from deploy.lending import LentVersion
 from deploy.preprocess import ImageSource
 from deploy.runtime import DEFAULT_TOP, MAX_BATCH, LoadedVersion
 from deploy.signing import TrustedKeys
@@ -44,15 +44,6 @@ _FIRST_LOAD_ATTEMPTS = 5  # the publisher may switch and prune while the first v
 _log = logging.getLogger(__name__)
 
 Float32 = NDArray[np.float32]
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A loaded version and how many requests are using it."""
-
-    loaded: LoadedVersion
-    target: Target
-    users: int = 0
 
 
 class Client:
@@ -90,8 +81,7 @@ class Client:
         self._last_error: Exception | None = None
         self._failure: Failure | None = None
         self._events: deque[ClientEvent] = deque()
-        self._retired: list[_Slot] = []
-        self._pointer = threading.Condition()  # guards _live, _retired, _is_closed and every users count
+        self._retired: list[LentVersion] = []  # touched by whoever holds _loading
         self._loading = threading.Lock()  # held by whoever loads: a version is never loaded twice at a time
         self._wake = threading.Event()
         self._is_closed = False
@@ -206,20 +196,20 @@ class Client:
         Raises:
             ClientError: the client is closed.
         """
-        with self._pointer:
-            if self._is_closed:
-                raise ClientError("this client is closed; open a new one")
-            slot = self._live
-            slot.users += 1
+        lent = self._borrow()
         try:
-            yield slot.loaded
+            yield lent.loaded
         finally:
-            with self._pointer:
-                slot.users -= 1
-                if slot.users == 0:
-                    self._pointer.notify_all()
-                    if slot is not self._live:
-                        self._wake.set()  # the background thread frees it, not this request
+            if lent.give_back() and lent is not self._live:
+                self._wake.set()  # the background thread frees it, not this request
+
+    def _borrow(self) -> LentVersion:
+        """The live version, with this request counted among its users."""
+        while not self._is_closed:
+            lent = self._live
+            if lent.borrow():
+                return lent  # else it was replaced and closed in between: look again
+        raise ClientError("this client is closed; open a new one")
 
     def refresh(self) -> int:
         """Follow `current` now instead of at the next poll; return the number of the live version.
@@ -231,15 +221,14 @@ class Client:
 
     def close(self) -> None:
         """Wait for requests that are running, then free everything. Not from within ``hold``."""
-        with self._pointer:
-            self._is_closed = True
-            self._pointer.wait_for(lambda: not any(slot.users for slot in [self._live, *self._retired]))
+        self._is_closed = True  # whoever has not borrowed yet is refused
         self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
         with self._loading:
-            self._release_retired()
-            self._live.loaded.close()
+            for lent in [*self._retired, self._live]:
+                lent.close_when_idle()
+            self._retired.clear()
         self._background.stop()
 
     def __enter__(self) -> Self:
@@ -250,7 +239,7 @@ class Client:
     ) -> None:
         self.close()
 
-    def _load_first(self) -> _Slot:
+    def _load_first(self) -> LentVersion:
         for attempt in range(1, _FIRST_LOAD_ATTEMPTS + 1):
             target = resolve_current(self._serving_dir)
             try:
@@ -293,7 +282,7 @@ class Client:
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the new one, the old one answers
             self._reject(error, target, state or str(error))
 
-    def _load(self, target: Target, *, before: LoadedVersion | None) -> _Slot:
+    def _load(self, target: Target, *, before: LoadedVersion | None) -> LentVersion:
         """Load, check and warm a version; nobody waits for it but the first time.
 
         Args:
@@ -310,25 +299,23 @@ class Client:
             raise
         detail = f"its embeddings differ from torch's by {parity:.2g}"
         self._events.append(ClientEvent("loaded", loaded.version, detail, time.monotonic() - started))
-        return _Slot(loaded, target)
+        return LentVersion(loaded, target)
 
-    def _switch(self, slot: _Slot) -> None:
-        with self._pointer:
-            self._retired.append(self._live)
-            self._live = slot
+    def _switch(self, lent: LentVersion) -> None:
+        before, self._live = self._live, lent  # nobody waits, and this waits for nobody
+        self._retired.append(before)
         self._failure = self._last_error = None
 
     def _release_retired(self) -> None:
-        with self._pointer:
-            idle = [slot for slot in self._retired if slot.users == 0]
-            self._retired = [slot for slot in self._retired if slot.users > 0]
-        for slot in idle:
+        for lent in list(self._retired):
             started = time.monotonic()
-            slot.loaded.close()
+            if not lent.close_if_idle():
+                continue
+            self._retired.remove(lent)
             self._background.run(return_memory)  # or the next version would come on top of it
             detail = "its last request is answered"
             seconds = time.monotonic() - started
-            self._events.append(ClientEvent("released", slot.loaded.version, detail, seconds))
+            self._events.append(ClientEvent("released", lent.loaded.version, detail, seconds))
 
     def _reject(self, error: Exception, target: Target | None, state: object) -> None:
         """Remember what is wrong, and report it unless it is what was reported last."""

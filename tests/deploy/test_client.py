@@ -132,6 +132,15 @@ def test_a_request_is_answered_by_the_version_it_started_on(following: Client, s
         assert following.classify(PICTURES[:1])[0].version == 1
 
 
+def test_a_switch_waits_for_no_lock_that_a_request_may_hold(following: Client, serving: Path) -> None:
+    """A caller put to sleep at the worst moment does not keep the others from the new version."""
+    with following._live._idle:  # as a caller that was just being counted
+        point(serving, 1)
+        wait_for(lambda: following.version == 1)
+
+        assert following.classify(PICTURES[:1])[0].version == 1
+
+
 def test_the_old_version_is_freed_after_its_last_request(
     following: Client, serving: Path, events: list[ClientEvent]
 ) -> None:
