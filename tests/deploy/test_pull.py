@@ -340,7 +340,7 @@ def counted(module, name):
 
 for name in ("rename", "write_text", "replace_symlink", "fsync_tree", "fsync_dir", "make_dir"):
     counted(atomic, name)
-for name in ("copy_file", "write_folded", "verify_version", "file_record"):
+for name in ("copy_file", "write_folded", "verify_version", "is_as_recorded"):
     counted(installing, name)
 counted(fetch.Fetcher, "file")
 pull.pull(FolderRemote(Path(sys.argv[1])), Path(sys.argv[2]))

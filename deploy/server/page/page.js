@@ -123,4 +123,5 @@ token.addEventListener("change", () => {
   sessionStorage.setItem("token", token.value);
   classify();
 });
+at("token-field").addEventListener("submit", (event) => event.preventDefault());  // "change" has done it
 follow();
