@@ -65,7 +65,8 @@ def rebuild(options: Options, version: int, *, why: str) -> None:
     found = _order(options, command="rebuild", to=version, why=why)
     files = ", ".join(found["files"])
     sentence = f"rebuilt {files}; every byte is what was published" if files else "nothing was missing"
-    options.show(found, lambda: click.echo(f"version {version} is whole: {sentence}"))
+    state = "is whole" if found["is_full"] else "was thinned or pruned again meanwhile"
+    options.show(found, lambda: click.echo(f"version {version} {state}: {sentence}"))
 
 
 @click.command()

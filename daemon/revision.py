@@ -269,7 +269,9 @@ class Reviser:
         files = adopt_rebuild(self._store, version)
         if files:
             self._publisher.tell("rebuilt", version=version, who=request.who, why=request.why or None)
-        return Answer(exit_code=0, result={"version": version, "files": files})
+        # A thin or prune that came after the order has the last word; the answer must not hide it.
+        is_full = self._store.is_full(version)
+        return Answer(exit_code=0, result={"version": version, "files": files, "is_full": is_full})
 
     def _publish(self, request: Request, report: Report) -> Answer:
         """Publish what the worker staged, or refuse a revert that loses too much."""

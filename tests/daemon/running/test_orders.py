@@ -210,8 +210,22 @@ def test_a_pinned_store_takes_neither_promotions_nor_reverts(tiny):
     assert refused == Answer(
         exit_code=1, error="version 3 is pinned by bob: nothing is published until `dynlora unpin`"
     )
-    assert order(tiny, "rebuild", to=1).result == {"version": 1, "files": ["weights.safetensors"]}
+    found = order(tiny, "rebuild", to=1).result
+    assert found == {"version": 1, "files": ["weights.safetensors"], "is_full": True}
     assert tiny.store.is_full(1)
+
+
+def test_a_rebuild_that_a_thin_overtakes_does_not_call_the_version_whole(tiny):
+    """Both are carried out; what the second one removed is gone, and the first one's answer says so."""
+    orders = [Request(command="rebuild", who="ann", to=1), Request(command="thin", who="bob", versions=(1,))]
+    first, second = (requests.leave(tiny.home, request) for request in orders)
+
+    thinned = wait(tiny, lambda: requests.take_answer(tiny.home, second))
+    rebuilt = wait(tiny, lambda: requests.take_answer(tiny.home, first))
+
+    assert (thinned.exit_code, rebuilt.exit_code) == (0, 0)
+    assert rebuilt.result == {"version": 1, "files": [], "is_full": False}
+    assert not tiny.store.is_full(1)
 
 
 def test_the_history_of_a_version_names_who_when_and_why(tiny):
