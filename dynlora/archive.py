@@ -5,7 +5,7 @@ is not looked at. The pickle may name module classes, which become empty ones, a
 makes tensors, for which ours stands in; whatever else it names is refused.
 """
 
-import pickle  # noqa: S403 - see _Unpickler: nothing that a file names is ever called
+import pickle
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -72,7 +72,8 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             named = dict(_tensors(model, ""))
     except Exception as error:  # a damaged pickle raises whatever it likes
         raise ModelError(
-            f"{path} is a TorchScript archive whose weights cannot be read: {error}. Convert it to safetensors"
+            f"{path} is a TorchScript archive whose weights cannot be read: {error}. "
+            "Convert it to safetensors"
         ) from error
     return {name: tensor.clone() for name, tensor in named.items() if name.split(".")[-1] not in _NOT_WEIGHTS}
 

@@ -28,6 +28,7 @@ TIMM_ATTENTIONS: dict[str, tuple[Layers, ...]] = {
 }
 TIMM_MLPS: dict[str, Layers] = {
     "timm.layers.mlp.Mlp": _PLAIN,
+    "timm.layers.mlp.GluMlp": _PLAIN,  # gate and value are one matrix
     "timm.layers.mlp.SwiGLU": {"fc1_g": ("mlp_gate",), "fc1_x": ("mlp_in",), "fc2": ("mlp_out",)},
     "timm.models.pvt_v2.MlpWithDepthwiseConv": _PLAIN,
     "timm.models.vitamin.GeGluMlp": {"w0": ("mlp_gate",), "w1": ("mlp_in",), "w2": ("mlp_out",)},
