@@ -46,8 +46,8 @@ _NO_PUNCTUATION: tuple[dict[str, Any], ...] = (
     {"type": "Replace", "pattern": {"String": "_"}, "content": " "},
     {"type": "Replace", "pattern": {"Regex": f"[{regex.escape(string.punctuation)}]"}, "content": ""},
 )
-# How open_clip cleans text, nearly (no ftfy, no HTML), in the words of the format; at the start of the
-# normalizers of an adopted tokenizer. The longest first: one is the start of none before it.
+# How open_clip cleans text, nearly (no ftfy, no HTML), in the words of the format: the first normalizer of an
+# adopted tokenizer, before the model's own.
 _CLEANING: dict[str, list[dict[str, Any]]] = {
     "canonicalize": [*_NO_PUNCTUATION, _LOWER, _SPACES, _STRIP],
     "lower": [_SPACES, _STRIP, _LOWER],
@@ -138,7 +138,8 @@ def adopt_tokenizer_json(content: str, *, context_length: int, clean: str, pad_i
             f"this tokenizer cannot be published, cleaning text by {clean!r}: expected a Hugging Face "
             f"tokenizer.json and a cleaning of {', '.join(_CLEANING)}, found {error!r}"
         ) from error
-    written["normalizer"] = {"type": "Sequence", "normalizers": [*cleaning, *([own] if own else [])]}
+    steps = [{"type": "Sequence", "normalizers": cleaning}, *([own] if own else [])]
+    written["normalizer"] = {"type": "Sequence", "normalizers": steps}
     return json.dumps(written, ensure_ascii=False)
 
 
@@ -160,11 +161,10 @@ class Tokenizer:
             raise ValueError("it does not set truncation and padding to the context length")
         self.context_length = int(self._tokenizer.truncation["max_length"])
         self.vocabulary_size: int = self._tokenizer.get_vocab_size()
-        normalizers = (json.loads(tokenizer_json).get("normalizer") or {}).get("normalizers", [])
-        self._clean = next(
-            (_CLEANERS[name] for name, steps in _CLEANING.items() if normalizers[: len(steps)] == steps), None
-        )
-        if self._clean is None:
+        own, self._clean = _without_cleaning(json.loads(tokenizer_json))
+        if self._clean is not None:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(own))
+        else:
             # CLIP's own. Both steps are done in _words, as open_clip does them.
             self._tokenizer.normalizer = None
             self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
@@ -199,6 +199,16 @@ class Tokenizer:
             else:
                 row[:] = self._tokenizer.encode(self._clean(text)).ids
         return ids
+
+
+def _without_cleaning(content: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], str] | None]:
+    """Return an adopted tokenizer without its first normalizer, and the function to call in its place."""
+    steps = (content.get("normalizer") or {}).get("normalizers", [])
+    first = steps[0].get("normalizers") if steps else None
+    for name, cleaning in _CLEANING.items():
+        if first == cleaning:
+            return content | {"normalizer": {"type": "Sequence", "normalizers": steps[1:]}}, _CLEANERS[name]
+    return content, None
 
 
 def _words(text: str) -> list[str]:

@@ -80,9 +80,11 @@ def read_tokenizer(fetch: Callable[[str], Path], text_cfg: dict[str, Any]) -> Fi
 
 
 def read_published(path: Path, text_cfg: dict[str, Any]) -> FileTokenizer:
-    """The same from the tokenizer.json of a version, which says how it is padded."""
-    content = path.read_text(encoding="utf-8")
-    return from_text_cfg(content, text_cfg, pad_id=int(json.loads(content)["padding"]["pad_id"]))
+    """The same from the tokenizer.json of a version: it has padding, and cleaning before its own normalizer."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    own = content["normalizer"]["normalizers"][1:]
+    content["normalizer"] = {"type": "Sequence", "normalizers": own}
+    return from_text_cfg(json.dumps(content), text_cfg, pad_id=int(content["padding"]["pad_id"]))
 
 
 def from_text_cfg(content: str, text_cfg: dict[str, Any], *, pad_id: int) -> FileTokenizer:
