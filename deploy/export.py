@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,7 @@ def export_graphs(
     specs = spec_of(state_arrays(model))
     places = layout(specs)
     # Masks and tables of positions: not in the state dict, so the same whatever is learnt. They stay inside.
-    constants = {name for name, _ in model.named_buffers()} - set(specs)
+    constants = frozenset(name for name, _ in model.named_buffers()) - set(specs)
     pixels = torch.zeros(EXAMPLE_BATCH, 3, *_height_width(image_size))
     tokens = torch.zeros(EXAMPLE_BATCH, context_length, dtype=torch.int64)
     graphs = (
@@ -217,7 +217,7 @@ def _move_weights_out(
     graph: ir.Graph,
     specs: Mapping[str, TensorSpec],
     places: Mapping[str, tuple[int, int]],
-    constants: Set[str],
+    constants: frozenset[str],
 ) -> None:
     """Point every weight of the graph, under its state-dict name, into the weights file.
 

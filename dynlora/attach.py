@@ -64,8 +64,8 @@ def check_supported(model: nn.Module) -> None:
 
 
 def _wrap(block: Block, rank: int, undo: Undo) -> list[Site]:
-    attention = getattr(block.module, "attn", None)
-    sites = []
+    attention: Any = getattr(block.module, "attn", None)
+    sites: list[Site] = []
     if isinstance(attention, nn.MultiheadAttention):
         sites = _wrap_native_attention(block, attention, rank, undo)
     elif getattr(attention, "q_bias", None) is not None:

@@ -64,8 +64,8 @@ def last_seen(model: nn.Module, tokens: Tensor) -> Tensor | None:
         return None
     if pooling == "argmax":
         return tokens.argmax(dim=-1)
-    eos_id = getattr(text, "eos_id", None) or text.text_eos_id
-    return (tokens == eos_id).int().argmax(dim=-1)
+    eos_id = int(text.eos_id if hasattr(text, "eos_id") else text.text_eos_id)  # type: ignore[arg-type]
+    return torch.eq(tokens, eos_id).int().argmax(dim=-1)
 
 
 def text_tower(model: nn.Module) -> nn.Module:

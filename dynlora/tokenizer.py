@@ -80,7 +80,7 @@ def read_tokenizer(fetch: Callable[[str], Path], text_cfg: dict[str, Any]) -> Fi
 
 
 def read_published(path: Path, text_cfg: dict[str, Any]) -> FileTokenizer:
-    """The same from the tokenizer.json of a version: it has padding, and cleaning before its own normalizer."""
+    """The same from a version's tokenizer.json, which has padding, and cleaning before the own normalizer."""
     content = json.loads(path.read_text(encoding="utf-8"))
     own = content["normalizer"]["normalizers"][1:]
     content["normalizer"] = {"type": "Sequence", "normalizers": own}

@@ -73,7 +73,7 @@ def test_the_adopted_file_says_length_padding_and_cleaning_itself(three, clean):
 
 def test_what_is_no_tokenizer_or_no_cleaning_is_refused(three):
     """In words that say what was expected."""
-    with pytest.raises(ExportError, match="expected a Hugging Face tokenizer.json"):
+    with pytest.raises(ExportError, match=r"expected a Hugging Face tokenizer\.json"):
         adopt_tokenizer_json("{}", context_length=9, clean="lower", pad_id=1)
     with pytest.raises(ExportError, match="a cleaning of canonicalize, lower, whitespace"):
         adopt_tokenizer_json(three[1].content, context_length=9, clean="upper", pad_id=1)

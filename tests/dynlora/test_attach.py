@@ -20,7 +20,9 @@ VISION = {
     # q, k and v fused with the bias added inside, a gated MLP, rotary positions.
     "timm_eva02": {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "", "image_size": 224},
     # The same attention beside a plain MLP: EVA01.
-    "timm_eva01": {"timm_model_name": "vit_medium_patch16_rope_reg1_gap_256", "timm_pool": "", "image_size": 256},
+    "timm_eva01": {
+        "timm_model_name": "vit_medium_patch16_rope_reg1_gap_256", "timm_pool": "", "image_size": 256,
+    },
     "timm_pe": {"timm_model_name": "vit_pe_core_tiny_patch16_384", "timm_pool": "map", "image_size": 384},
     "timm_swin": {"timm_model_name": "swin_tiny_patch4_window7_224", "timm_pool": "", "image_size": 224},
     "timm_relpos": {
@@ -60,7 +62,7 @@ def _images(model, n=3):
 
 
 def test_all_matrices_of_every_block_of_both_towers_are_covered(model, kind):
-    """Blocks times six sites (seven where the MLP is gated), and their rows tile exactly the blocks' weight matrices."""
+    """Blocks times six sites (seven with a gated MLP); their rows tile the blocks' weight matrices."""
     rows = {}
     with attached(model, rank=4) as sites:
         for site in sites:

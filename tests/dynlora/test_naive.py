@@ -43,7 +43,7 @@ def _naive_linear(x, weight, bias):
 
 
 def test_a_linear_layer_is_the_equation():
-    """y = x (W + Σ w_i B_i A_i)ᵀ + b."""
+    """Y = x (W + Σ w_i B_i A_i)ᵀ + b."""
     base = nn.Linear(5, 7)
     layer = LoRALinear(base, rank=3)
     _fill(layer.lora, 1)
@@ -89,9 +89,9 @@ def test_native_attention_is_the_equation_head_by_head_and_token_by_token(is_cau
     for n in range(2):
         tokens = x[n].double().numpy()
         q, k, v = (
-            tokens @ (fused[i * width : (i + 1) * width] + _naive_delta(lora)).T + bias[i * width : (i + 1) * width]
+            tokens @ (fused.reshape(3, width, width)[i] + _naive_delta(lora)).T + bias.reshape(3, width)[i]
             for i, lora in enumerate(loras[:3])
-        )  # fmt: skip
+        )
         mixed = np.zeros((length, width))
         for head in range(heads):
             of = slice(head * size, (head + 1) * size)
@@ -200,10 +200,8 @@ class _Naive:
         with attached(clip.model, settings.rank) as sites:
             reset(sites, seed=seed, random_importance=settings.random_importance)
             self.places = [(s.key, s.row_start, s.row_stop) for s in sites]
-            self.values = [
-                [p.detach().clone().double().requires_grad_() for p in (s.lora.lora_A, s.lora.lora_B, s.lora.importance)]
-                for s in sites
-            ]  # fmt: skip
+            parts = [(s.lora.lora_A, s.lora.lora_B, s.lora.importance) for s in sites]
+            self.values = [[p.detach().clone().double().requires_grad_() for p in part] for part in parts]
         self.model = open_clip.CLIP(**clip.model_cfg).double().eval()
         self.base = {k: v.double() for k, v in clip.model.state_dict().items()}
         self.moments = [[(torch.zeros_like(p), torch.zeros_like(p)) for p in group] for group in self.values]
@@ -253,7 +251,7 @@ class _Naive:
         return float(loss.detach())
 
 
-def test_whole_training_steps_follow_the_naive_trajectory(tiny, monkeypatch):
+def test_whole_training_steps_follow_the_naive_trajectory(tiny):
     """Six steps of AdamW on A, B and w, then the authors' threshold: losses, gates and ΔW agree."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(9) % 3
@@ -306,7 +304,7 @@ def test_the_sigmoid_loss_is_siglips_pair_by_pair(tiny, monkeypatch):
     assert found == pytest.approx(total / 5, rel=1e-5)
 
 
-def test_the_numpy_fold_is_the_sum_in_float64_to_rounding(tiny):
+def test_the_numpy_fold_is_the_sum_in_float64_to_rounding():
     """W + Σ_i w_i B_i A_iᵀ, in loops, on rows in the middle of a matrix."""
     from deploy.delta import Delta, Factor, fold
 

@@ -59,7 +59,9 @@ class _AsOpenAi(nn.Module):
             setattr(self, name, parameter)
         for block in self.transformer.resblocks:
             block.attn_mask = model.attn_mask
-        self.input_resolution, self.context_length, self.vocab_size = (torch.tensor(n) for n in (32, 77, 49408))
+        self.input_resolution, self.context_length, self.vocab_size = (
+            torch.tensor(n) for n in (32, 77, 49408)
+        )
 
     def forward(self, x):
         return x * self.logit_scale
@@ -129,7 +131,7 @@ def test_weights_trained_with_gelu_are_refused_for_a_quickgelu_model(tiny, monke
     """The message names the model that fits; nothing is downloaded."""
     tag = {"url": "https://example.org/w"}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, f"{tiny}-quickgelu", {"some_tag": tag})
-    with pytest.raises(ModelError, match="'some_tag' were trained with GELU.*name the model tiny-native$"):
+    with pytest.raises(ModelError, match=r"'some_tag' were trained with GELU.*name the model tiny-native$"):
         load_clip(f"{tiny}-quickgelu", "some_tag")
 
 
@@ -171,7 +173,9 @@ def test_a_folder_without_its_tokenizer_is_refused_before_its_weights_are_read(t
     model_dir = write_model(tmp_path / "model", SMALL["SigLIP"])
     (model_dir / "tokenizer.json").unlink()
     (model_dir / "open_clip_model.safetensors").write_bytes(b"would not load either")
-    with pytest.raises(ModelError, match=r"needs the tokenizer of timm/ViT-B-16-SigLIP.*tokenizer\.json is missing"):
+    with pytest.raises(
+        ModelError, match=r"needs the tokenizer of timm/ViT-B-16-SigLIP.*tokenizer\.json is missing"
+    ):
         load_clip(f"local-dir:{model_dir}")
 
 
@@ -182,7 +186,10 @@ def test_a_folder_without_its_tokenizer_is_refused_before_its_weights_are_read(t
         ({"text_cfg": TEXT | {"embed_cls": True}}, "a text tower with a class token of its own"),
         ({"text_cfg": TEXT | {"tokenizer_mode": "clips"}}, "a tokenizer in mode 'clips'"),
         ({"text_cfg": TEXT | {"tokenizer_kwargs": {"strip_sep_token": True}}}, "with strip_sep_token"),
-        ({"text_cfg": TEXT | {"qk_norm": True}}, r"transformer\.resblocks\.0 has attention of type Attention"),
+        (
+            {"text_cfg": TEXT | {"qk_norm": True}},
+            r"transformer\.resblocks\.0 has attention of type Attention",
+        ),
         ({"vision_cfg": VISION | {"patch_dropout": 0.5}}, "patch dropout"),
         ({"text_cfg": TEXT | {"sails": 3}}, "open_clip cannot build .* 'sails'"),
     ],
@@ -237,7 +244,9 @@ def test_cut_prompts_embed_as_whole_ones_in_every_causal_tower(pooling, custom_t
 def test_the_default_preset_learns_on_every_kind_of_text_tower(tmp_path, name):
     """One step in which every term of the objective takes part."""
     clip = load_clip(f"local-dir:{write_model(tmp_path / 'model', SMALL[name])}")
-    adaptation = adapt(clip, task_for(clip), preset("default").with_overrides(steps=2, rank=2, names_per_step=4))
+    adaptation = adapt(
+        clip, task_for(clip), preset("default").with_overrides(steps=2, rank=2, names_per_step=4)
+    )
 
     assert adaptation.delta_norm > 0
     assert {site.split(".")[0] for site in adaptation.ranks} == {"vision", "text"}

@@ -76,7 +76,9 @@ def _goes_the_whole_way(tmp_path: Path, config: dict[str, object]) -> None:
         with torch.no_grad():
             by_torch = clip.model.encode_text(ids, normalize=True)
         by_runtime = loaded.encode_texts(texts)
-    print(f"parity {parity}, fold {differing(found, expected):.2g}, text {differing(by_runtime, by_torch):.2g}")
+    print(
+        f"parity {parity}, fold {differing(found, expected):.2g}, text {differing(by_runtime, by_torch):.2g}"
+    )
     assert differing(found, expected) < 1e-4
     assert differing(by_runtime, by_torch) < 1e-5
     assert read_layout(store.path(0) / WEIGHTS_NAME) == read_layout(store.path(version) / WEIGHTS_NAME)

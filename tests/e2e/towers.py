@@ -100,7 +100,7 @@ def task_for(clip: Clip, images: int = 6) -> Task:
 
 
 def learn_and_publish(store: VersionStore, settings: Settings) -> tuple[int, torch.Tensor, Task]:
-    """Adapt version 0, fold, publish version 1; also torch's image embeddings with the factors merged naively."""
+    """Adapt, fold and publish; the version, what torch says with the factors merged naively, the task."""
     clip = load(store, 0)
     task = task_for(clip)
     adaptation = adapt(clip, task, settings, seed=1)
@@ -126,7 +126,9 @@ def learn_and_publish(store: VersionStore, settings: Settings) -> tuple[int, tor
 
 def _embeddings_with(clip: Clip, adaptation: Any, task: Task) -> torch.Tensor:
     """What a plain model says whose weights have every rank-one term added, one by one, in float64."""
-    state = {key: value.double() for key, value in clip.model.state_dict().items() if value.is_floating_point()}
+    state = {
+        key: value.double() for key, value in clip.model.state_dict().items() if value.is_floating_point()
+    }
     for factor in adaptation.factors:
         for i in range(len(factor.importance)):
             term = torch.outer(factor.lora_B[:, i].double(), factor.lora_A[i].double())
