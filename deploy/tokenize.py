@@ -1,9 +1,9 @@
 """Text to token ids, without torch: equal to open_clip's tokenizer on every string.
 
-Two kinds. CLIP's own, `build_tokenizer_json`: the byte-pair merging is done by the `tokenizers` library out
-of a version's tokenizer.json. Cleaning (ftfy, HTML entities, white space, lower case) and the split into words
-stay here, done as open_clip does them: the library's own normalizers know other Unicode tables and no ftfy.
-So a program that reads tokenizer.json alone is exact on clean text only.
+Two kinds. CLIP's own, `build_tokenizer_json`: the byte-pair merging is done by the `tokenizers` library,
+out of a version's tokenizer.json. Cleaning (ftfy, HTML entities, white space, lower case) and the split
+into words stay here, done as open_clip does them: the library's own normalizers know other Unicode tables
+and no ftfy. So a program that reads tokenizer.json alone is exact on clean text only.
 
 Any other, `adopt_tokenizer_json`: a model's own tokenizer.json, with the length, the padding and the cleaning
 that open_clip would use put in. The cleaning is recognised when the file is read, and done here as well.
