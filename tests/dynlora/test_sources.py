@@ -144,28 +144,58 @@ def test_the_openai_tag_of_vit_b_16_computes_quickgelu():
     assert not _needs_quick_gelu("ViT-B-16", "/models/a-file.safetensors")
 
 
-def test_siglips_tokenizer_comes_out_of_the_hubs_cache(tmp_path, monkeypatch):
-    """Where the config names a repository, its two files are enough; no network, no transformers."""
-    config = SMALL["SigLIP"]
-    model_dir = write_model(tmp_path / "model", config)
-    snapshot = tmp_path / "hub" / "models--timm--ViT-B-16-SigLIP" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    write_tokenizer(snapshot, 64)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+@pytest.fixture
+def in_hub_cache(tmp_path, monkeypatch):
+    """Puts files where huggingface_hub finds what it downloaded earlier; there is no network."""
+    hub = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+
+    def snapshot_of(repository):
+        whole = hub / f"models--{repository.replace('/', '--')}"
+        (whole / "refs").mkdir(parents=True)
+        (whole / "refs" / "main").write_text("0" * 40)
+        directory = whole / "snapshots" / ("0" * 40)
+        directory.mkdir(parents=True)
+        return directory
+
+    return snapshot_of
+
+
+def test_siglips_tokenizer_comes_out_of_the_hubs_cache(tmp_path, tiny, in_hub_cache):
+    """Where the config names a repository, its two files are enough; no network, no transformers."""
+    model_dir = write_model(tmp_path / "model", SMALL["SigLIP"])
     registered = tmp_path / "tiny-siglip.json"
-    registered.write_text(json.dumps(config))
-    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", [*factory._MODEL_CONFIG_PATHS])
-    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+    registered.write_text(json.dumps(SMALL["SigLIP"]))
     open_clip.add_model_config(registered)
+    write_tokenizer(in_hub_cache("timm/ViT-B-16-SigLIP"), 64)
     clip = load_clip("tiny-siglip", str(model_dir / "open_clip_model.safetensors"))
 
     assert clip.tokenizer(["a red shoe"])[0, :4].tolist() == [4, 9, 10, 1]
     assert clip.logit_bias == -10
+
+
+def test_a_repository_on_the_hub_is_loaded_out_of_its_cache(tmp_path, in_hub_cache):
+    """By open_clip's own loader: config, weights, and CLIP's own tokenizer."""
+    config = PLAIN | {"custom_text": True, "quick_gelu": True}
+    model_dir = write_model(tmp_path / "model", config)
+    snapshot = in_hub_cache("somebody/some-clip")
+    for path in model_dir.iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    clip = load_clip("hf-hub:somebody/some-clip")
+
+    assert clip.model_cfg == config
+    assert clip.preprocess_cfg["mean"] == [0.5] * 3
+    assert _uses_quick_gelu(clip)
+
+
+def test_a_repository_of_another_architecture_is_refused_before_its_weights(in_hub_cache):
+    """Only its config was there."""
+    config = PLAIN | {"vision_cfg": VISION | {"layers": [1, 1, 1, 1]}}
+    snapshot = in_hub_cache("somebody/a-resnet")
+    (snapshot / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(ModelError, match="hf-hub:somebody/a-resnet has a ResNet vision tower"):
+        load_clip("hf-hub:somebody/a-resnet")
 
 
 def test_a_folder_without_its_tokenizer_is_refused_before_its_weights_are_read(tmp_path):
