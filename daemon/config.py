@@ -60,7 +60,7 @@ class InboxConfig(Section):
 class LearningConfig(Section):
     """How a batch is learnt."""
 
-    preset: Literal["default", "paper"] = "default"
+    preset: Literal["default", "paper", "reference"] = "default"
     rank: int = Field(0, ge=0)  # 0: the preset's
     steps: int = Field(0, ge=0)  # 0: the preset's
     seed: int = Field(0, ge=0)  # another one gives other random numbers, all else equal

@@ -28,11 +28,12 @@ from deploy.manifest import (
 )
 from deploy.preprocess import Preprocessing
 from deploy.store import VersionStore
-from deploy.tokenize import build_tokenizer_json
+from deploy.tokenize import adopt_tokenizer_json, build_tokenizer_json
 from deploy.verify import verify_staged
 from deploy.weights import write_weights
 from dynlora.clip import Clip, load_clip
 from dynlora.prompts import DEFAULT_TEMPLATE, encode_text, tokenize
+from dynlora.tokenizer import FileTokenizer
 
 SOFTWARE = ("torch", "open_clip_torch", "onnx", "onnxruntime", "numpy", "dynlora")
 
@@ -75,7 +76,7 @@ def found_store(
         embed_dim=embed_dim,
         context_length=clip.context_length,
         logit_scale=float(clip.model.logit_scale.exp()),  # type: ignore[operator]
-        logit_bias=None,
+        logit_bias=clip.logit_bias,
         files=checked.files,
         metrics={"parity": checked.parity},
         software=software_versions(),
@@ -133,13 +134,20 @@ def software_versions() -> dict[str, str]:
 
 def _write_companions(staging: Path, clip: Clip) -> None:
     """The files that stay the same for all versions of one architecture."""
-    tokenizer = clip.tokenizer
-    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
-    text = build_tokenizer_json(tokenizer.encoder, merges, clip.context_length)
-    atomic.write_text(staging / TOKENIZER_NAME, text)
+    atomic.write_text(staging / TOKENIZER_NAME, _tokenizer_json(clip))
     Preprocessing.from_open_clip_cfg(clip.preprocess_cfg).save(staging / PREPROCESSOR_NAME)
     config: dict[str, Any] = {"model_cfg": clip.model_cfg, "preprocess_cfg": clip.preprocess_cfg}
     atomic.write_text(staging / OPEN_CLIP_CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+
+def _tokenizer_json(clip: Clip) -> str:
+    tokenizer, length = clip.tokenizer, clip.context_length
+    if isinstance(tokenizer, FileTokenizer):
+        return adopt_tokenizer_json(
+            tokenizer.content, context_length=length, clean=tokenizer.clean, pad_id=tokenizer.pad_id
+        )
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    return build_tokenizer_json(tokenizer.encoder, merges, length)
 
 
 def _npy(array: NDArray[np.float32]) -> bytes:

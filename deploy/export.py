@@ -42,6 +42,7 @@ REFERENCE_TEXTS = (
     "a close-up, taken at night, of handwriting on lined paper " * 12,  # longer than any context
 )
 _INLINE_BYTES = 1 << 16
+_CONSTANT_BYTES = 1 << 24  # of one buffer; the largest known is below 5 MB
 _SEED = 20
 
 
@@ -100,7 +101,8 @@ def export_graphs(
     """
     specs = spec_of(state_arrays(model))
     places = layout(specs)
-    inline_limit_bytes = max(_INLINE_BYTES, 4 * context_length**2)  # the causal mask stays inside
+    # Masks and tables of positions: not in the state dict, so the same whatever is learnt. They stay inside.
+    constants = frozenset(name for name, _ in model.named_buffers()) - set(specs)
     pixels = torch.zeros(EXAMPLE_BATCH, 3, *_height_width(image_size))
     tokens = torch.zeros(EXAMPLE_BATCH, context_length, dtype=torch.int64)
     graphs = (
@@ -112,7 +114,7 @@ def export_graphs(
         with _as_exported(model):
             exported = _export(encoder, input_name, example, output_name)
         _strip(exported)
-        _move_weights_out(exported.graph, specs, places, inline_limit_bytes)
+        _move_weights_out(exported.graph, specs, places, constants)
         content = ir.to_proto(exported).SerializeToString(deterministic=True)
         atomic.write_file(directory / name, content)
         records[name] = record_of((content,))
@@ -215,7 +217,7 @@ def _move_weights_out(
     graph: ir.Graph,
     specs: Mapping[str, TensorSpec],
     places: Mapping[str, tuple[int, int]],
-    inline_limit_bytes: int,
+    constants: frozenset[str],
 ) -> None:
     """Point every weight of the graph, under its state-dict name, into the weights file.
 
@@ -227,10 +229,11 @@ def _move_weights_out(
         assert tensor is not None, f"initializer {name} without a value"
         value.name = name
         if name not in specs:
-            if tensor.nbytes > inline_limit_bytes:
+            limit_bytes = _CONSTANT_BYTES if name in constants else _INLINE_BYTES
+            if tensor.nbytes > limit_bytes:
                 raise ExportError(
                     f"the exporter left {tensor.nbytes} bytes of {name} inside the graph; expected at most "
-                    f"{inline_limit_bytes} bytes that are not weights. This architecture cannot be served."
+                    f"{limit_bytes} bytes that are not weights. This architecture cannot be served."
                 )
             continue
         if tuple(tensor.shape) != specs[name].shape or tensor.dtype.numpy() != specs[name].dtype:

@@ -10,16 +10,21 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transformer import QuickGELU
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from dynlora import archive
 from dynlora.attach import check_supported
+from dynlora.coverage import obstacles
 from dynlora.errors import ModelError
+from dynlora.tokenizer import TOKENIZER_NAME, FileTokenizer, read_published, read_tokenizer
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 BUNDLED_CONFIG = BUNDLED_DIR / "small-clip-64.json"
 BUNDLED_WEIGHTS = BUNDLED_DIR / "open_clip_model.safetensors"
+_SCHEMES = ("hf-hub:", "local-dir:")
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,19 @@ class Clip:
     architecture: str
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
-    tokenizer: Any = field(repr=False)  # open_clip's; called with a list of strings → (N, context) int64
+    # CLIP's own or a FileTokenizer; called with a list of strings → (N, context) int64
+    tokenizer: Any = field(repr=False)
 
     @property
     def context_length(self) -> int:
         """Tokens per prompt."""
         return int(self.model.context_length)  # type: ignore[arg-type]
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What a model of pairwise sigmoids, such as SigLIP, adds to its logits."""
+        bias = self.model.logit_bias
+        return None if bias is None else float(bias)  # type: ignore[arg-type]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -57,24 +69,39 @@ def load_clip(architecture: str = "bundled", pretrained: str | None = None) -> C
     if architecture == "bundled":
         open_clip.add_model_config(BUNDLED_CONFIG)
         architecture, pretrained = BUNDLED_CONFIG.stem, pretrained or str(BUNDLED_WEIGHTS)
-    _refuse_by_config(architecture)
-    has_weights = architecture.startswith(("hf-hub:", "local-dir:"))
+    config = _refuse_by_config(architecture)
+    has_weights = architecture.startswith(_SCHEMES)
     if not pretrained and not has_weights:
         raise ModelError(
             f"{architecture} was named without weights; "
             "expected --pretrained with an open_clip tag or a local file"
         )
+    tokenizer = _tokenizer(architecture, config["text_cfg"])
     try:
-        model = open_clip.create_model(
-            architecture, pretrained=pretrained, precision="fp32", weights_only=True
-        )
-        tokenizer = open_clip.get_tokenizer(architecture)
-    except MemoryError:
+        with archive.readable_by_open_clip(pretrained) as weights:
+            model = open_clip.create_model(
+                architecture,
+                pretrained=weights.path,
+                precision="fp32",
+                weights_only=True,
+                force_quick_gelu=_needs_quick_gelu(architecture, pretrained) or weights.is_openais,
+            )
+    except (MemoryError, ModelError):
         raise
     except Exception as error:  # open_clip and the hub raise whatever they like
         raise ModelError(f"cannot load {architecture} with weights {pretrained!r}: {error}") from error
-    model_cfg = _model_config(architecture, model)
+    model_cfg = _model_config(config, model)
     return _checked(Clip(model, architecture, model_cfg, _preprocess_config(model), tokenizer))
+
+
+def build_model(model_cfg: dict[str, Any]) -> nn.Module:
+    """The plain model of a config as `open_clip_config.json` has it; nothing is downloaded."""
+    config = copy.deepcopy(model_cfg)
+    build = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    model: nn.Module = build(**config)
+    return model
 
 
 def load_version(config_path: Path, weights_path: Path, architecture: str) -> Clip:
@@ -87,15 +114,21 @@ def load_version(config_path: Path, weights_path: Path, architecture: str) -> Cl
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         with _WithoutRandomWeights():  # they would be replaced at once, and take seconds for a ViT-B/16
-            model = open_clip.CLIP(**config["model_cfg"])
+            model = build_model(config["model_cfg"])
         incompatible = open_clip.load_checkpoint(model, str(weights_path), strict=True)
+        text_cfg = config["model_cfg"]["text_cfg"]
+        if "hf_tokenizer_name" in text_cfg:
+            tokenizer: Any = read_published(config_path.with_name(TOKENIZER_NAME), text_cfg)
+        else:
+            tokenizer = plain_tokenizer(text_cfg.get("context_length", 77))
+    except ModelError:
+        raise
     except Exception as error:
         if isinstance(error, MemoryError | OSError) and not isinstance(error, FileNotFoundError):
             raise  # the machine's fault, not the files'
         raise ModelError(f"cannot load {weights_path} as described by {config_path}: {error}") from error
     assert not incompatible or not any(incompatible), incompatible
     open_clip.set_model_preprocess_cfg(model, config["preprocess_cfg"])
-    tokenizer = plain_tokenizer(config["model_cfg"]["text_cfg"].get("context_length", 77))
     return _checked(Clip(model, architecture, config["model_cfg"], config["preprocess_cfg"], tokenizer))
 
 
@@ -146,63 +179,106 @@ class _WithoutRandomWeights(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _refuse_by_config(architecture: str) -> None:
-    """Refuse by name, before anything is downloaded, what the config alone shows cannot be adapted."""
-    if architecture.startswith(("hf-hub:", "local-dir:")):
-        return  # known when it is built
-    config = open_clip.get_model_config(architecture)
+def _refuse_by_config(architecture: str) -> dict[str, Any]:
+    """Refuse by name, before any weights are downloaded, what cannot be adapted; returns the config."""
+    try:
+        config = open_clip.get_model_config(architecture)
+    except Exception as error:  # no such folder or repository, or no network
+        raise ModelError(f"cannot read the open_clip_config.json of {architecture}: {error}") from error
     if config is None:
         near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; open_clip.list_models() names them all"
         raise ModelError(f"open_clip knows no architecture {architecture!r}{hint}")
-    vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
-    obstacles = {
-        "a ResNet vision tower": isinstance(vision.get("layers"), list | tuple),
-        f"a Hugging Face text tower ({text.get('hf_model_name')})": "hf_model_name" in text,
-        "a text tower of its own class (custom_text)": config.get("custom_text", False),
-    }
-    found = [name for name, is_there in obstacles.items() if is_there]
+    found = obstacles(config)
     if found:
         raise ModelError(
-            f"{architecture} has {' and '.join(found)}, which cannot be adapted yet; "
-            "expected open_clip's native CLIP such as ViT-B-32, ViT-B-16 or ViT-L-14"
+            f"{architecture} has {' and '.join(found)}, which cannot be adapted; "
+            "docs/models.md lists what can, such as ViT-B-32, ViT-B-16 or ViT-B-16-SigLIP"
         )
-    if "timm_model_name" in vision:
-        _refuse_by_blocks(config)
+    try:
+        with torch.device("meta"):  # the blocks, without making any weights
+            model = build_model(config)
+    except Exception as error:
+        raise ModelError(f"open_clip cannot build {architecture} from its config: {error}") from error
+    check_supported(model)
+    return dict(config)
 
 
-def _refuse_by_blocks(config: dict[str, Any]) -> None:
-    """Look at a timm tower's blocks without making any weights."""
-    vision = config["vision_cfg"] | {"timm_model_pretrained": False}
-    with torch.device("meta"):
-        check_supported(open_clip.CLIP(**config | {"vision_cfg": vision}))
+def _needs_quick_gelu(architecture: str, pretrained: str | None) -> bool:
+    """Whether a tag's weights were trained with QuickGELU; open_clip only warns where the config differs.
+
+    Raises:
+        ModelError: the architecture has QuickGELU and the weights were trained without.
+    """
+    tag = open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else None
+    if not tag:
+        return False
+    wanted = bool(tag.get("quick_gelu", False))
+    if not wanted and open_clip.get_model_config(architecture).get("quick_gelu", False):
+        plain = architecture.removesuffix("-quickgelu")
+        raise ModelError(
+            f"the weights {pretrained!r} were trained with GELU, {architecture} computes QuickGELU; "
+            f"name the model {plain}"
+        )
+    return wanted
+
+
+def _tokenizer(architecture: str, text_cfg: dict[str, Any]) -> Any:
+    """CLIP's own, or the one whose files lie in the local folder or on the hub.
+
+    Raises:
+        ModelError: there is no tokenizer.json, or it cannot be used.
+    """
+    source = text_cfg.get("hf_tokenizer_name")
+    if not source:
+        clean = (text_cfg.get("tokenizer_kwargs") or {}).get("clean", "lower")
+        if clean != "lower":
+            raise ModelError(f"{architecture} cleans text by {clean!r}; expected CLIP's own 'lower'")
+        return plain_tokenizer(text_cfg.get("context_length", 77))
+    local = Path(architecture.removeprefix("local-dir:")) if architecture.startswith("local-dir:") else None
+
+    def fetch(name: str) -> Path:
+        if local is None:
+            return Path(download_pretrained_from_hf(source, filename=name))
+        if not (local / name).is_file():
+            raise FileNotFoundError(f"{local / name} is missing")
+        return local / name
+
+    try:
+        return read_tokenizer(fetch, text_cfg)
+    except ModelError:
+        raise
+    except Exception as error:  # the hub raises whatever it likes
+        raise ModelError(
+            f"{architecture} needs the tokenizer of {source}, of which tokenizer.json and "
+            f"tokenizer_config.json are not at hand: {error}. Put both into a folder with "
+            "open_clip_config.json and the weights, and name it local-dir:FOLDER"
+        ) from error
 
 
 def _checked(clip: Clip) -> Clip:
-    if type(clip.model) is not open_clip.CLIP:
+    if type(clip.model) not in {open_clip.CLIP, open_clip.CustomTextCLIP}:
         raise ModelError(
             f"{clip.architecture} builds a {type(clip.model).__name__}; "
-            "only open_clip's native CLIP can be adapted yet"
+            "only open_clip's CLIP and CustomTextCLIP can be adapted"
         )
-    if not isinstance(clip.tokenizer, open_clip.SimpleTokenizer):
+    if not isinstance(clip.tokenizer, open_clip.SimpleTokenizer | FileTokenizer):
         raise ModelError(
-            f"{clip.architecture} uses {type(clip.tokenizer).__name__}; expected CLIP's own BPE tokenizer"
+            f"{clip.architecture} uses {type(clip.tokenizer).__name__}; expected CLIP's own BPE tokenizer "
+            "or a tokenizer.json"
         )
     check_supported(clip.model)
     clip.model.eval().requires_grad_(False)
     return clip
 
 
-def _model_config(architecture: str, model: nn.Module) -> dict[str, Any]:
-    """What rebuilds `model` by `open_clip.CLIP(**config)`, weights apart."""
-    if architecture.startswith("local-dir:"):
-        path = Path(architecture.removeprefix("local-dir:")) / "open_clip_config.json"
-        config = dict(json.loads(path.read_text(encoding="utf-8"))["model_cfg"])
-    else:
-        config = dict(open_clip.get_model_config(architecture) or {})
-    if not config:
-        raise ModelError(f"{architecture} has no open_clip config that could be kept beside its weights")
-    config.pop("custom_text", None)
+def _model_config(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What rebuilds `model` by `build_model`, weights apart."""
+    config = copy.deepcopy(config)
+    if not isinstance(model, open_clip.CustomTextCLIP):
+        config.pop("custom_text", None)
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
     # A tag such as `openai` can switch the activation behind the config's back.
     if any(isinstance(module, QuickGELU) for module in model.modules()):
         config["quick_gelu"] = True

@@ -39,6 +39,9 @@ class PublishedObjective:
     add rows with an all-zero target to the text→image mean: they only rescale it, so they are not encoded.
     Over a single class image→text is 0 and text→image is least where all images are equally similar to the
     name: nothing sets the class apart from any other.
+
+    A model of pairwise sigmoids (SigLIP: it has a logit bias) is taught by the loss it was trained with: for
+    every image and class of the step, whether they belong together.
     """
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
@@ -47,6 +50,7 @@ class PublishedObjective:
             clip, [c.name for c in task.classes], [c.template for c in task.classes]
         )
         self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
+        self.bias = clip.logit_bias
         self.batches = BatchSampler(len(task.labels), settings.batch_size, seed=seed)
         self.seen_rows = len(task.known)
 
@@ -55,13 +59,16 @@ class PublishedObjective:
         return [{"params": list(itertools.chain(*(site.lora.parameters() for site in sites)))}]
 
     def loss(self, step: int) -> Tensor:
-        """Image→text plus text→image cross-entropy."""
+        """Image→text plus text→image cross-entropy, or the pairwise sigmoid loss."""
         index = self.batches.at(step)
         labels = self.task.labels[index]
         images = F.normalize(self.model.visual(self.task.pixels[index]), dim=-1)  # type: ignore[operator]
         texts = prompts.encode_text(self.model, self.prompts)
         logits = self.scale * images @ texts.T  # (B, C)
         members = F.one_hot(labels, len(texts)).T.float()  # (C, B)
+        if self.bias is not None:
+            signs = 2 * members.T - 1  # (B, C): 1 where image and class belong together, else -1
+            return -F.logsigmoid(signs * (logits + self.bias)).sum(1).mean()
         text_to_image = F.cross_entropy(logits.T, members) * len(texts) / (len(texts) + self.seen_rows)
         return F.cross_entropy(logits, labels) + text_to_image
 

@@ -1,7 +1,7 @@
-"""From class names and templates to text embeddings, tokenised once and cut at the last EOT.
+"""From class names and templates to text embeddings, tokenised once and cut where that changes nothing.
 
-The text tower is causal and pools at EOT, so tokens after it can change nothing: cutting them is exact.
-Knows nothing of images.
+CLIP's text tower is causal and pools at EOT, so tokens after it can change nothing: cutting them is exact.
+A tower that looks at all tokens, as SigLIP's does, is given all of them. Knows nothing of images.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,21 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts, (N, longest), and where each one's EOT stands, (N,)."""
+    """Tokenised prompts, (N, longest), and where each one's EOT stands, (N,).
+
+    `eot` is None where the tower looks at every token: nothing is cut then.
+    """
 
     tokens: Tensor
-    eot: Tensor
+    eot: Tensor | None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def rows(self, index: Tensor) -> "Prompts":
         """The prompts at `index`, cut to their own longest."""
+        if self.eot is None:
+            return Prompts(self.tokens[index], None)
         eot = self.eot[index]
         return Prompts(self.tokens[index, : int(eot.max()) + 1], eot)
 
@@ -42,18 +47,45 @@ def tokenize(clip: Clip, names: Sequence[str], templates: Sequence[str] | str = 
     """
     per_name = [templates] * len(names) if isinstance(templates, str) else templates
     tokens = clip.tokenizer([template.format(name) for template, name in zip(per_name, names, strict=True)])
-    eot = tokens.argmax(dim=-1)  # EOT is the highest token id
+    eot = last_seen(clip.model, tokens)
+    if eot is None:
+        return Prompts(tokens, None)
     return Prompts(tokens[:, : int(eot.max()) + 1].contiguous(), eot)
 
 
+def last_seen(model: nn.Module, tokens: Tensor) -> Tensor | None:
+    """(N,) where each of N prompts is pooled, if nothing after it can matter; else None.
+
+    That takes a causal mask, and pooling at EOT: the highest token id, or the id that the tower names.
+    """
+    text = text_tower(model)
+    pooling = getattr(text, "pool_type", None) or text.text_pool_type
+    if text.attn_mask is None or pooling not in {"argmax", "eos"}:
+        return None
+    if pooling == "argmax":
+        return tokens.argmax(dim=-1)
+    eos_id = int(text.eos_id if hasattr(text, "eos_id") else text.text_eos_id)  # type: ignore[arg-type]
+    return torch.eq(tokens, eos_id).int().argmax(dim=-1)
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """The module that holds the text tower: the model itself, or its `text` (custom_text)."""
+    tower: nn.Module = getattr(model, "text", model)
+    return tower
+
+
 def encode_text(model: nn.Module, prompts: Prompts) -> Tensor:
-    """open_clip's `encode_text(normalize=True)` on cut prompts: (N, dim), L2-normalised, differentiable."""
-    length = prompts.tokens.shape[1]
-    x = model.token_embedding(prompts.tokens) + model.positional_embedding[:length]  # type: ignore[operator, index]
-    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])  # type: ignore[operator, index]
-    x = model.ln_final(x)[torch.arange(len(prompts)), prompts.eot]  # type: ignore[operator]
-    projection = model.text_projection
-    x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+    """open_clip's `encode_text(normalize=True)` on prompts: (N, dim), L2-normalised, differentiable."""
+    if prompts.eot is None:
+        whole: Tensor = model.encode_text(prompts.tokens, normalize=True)  # type: ignore[operator]
+        return whole
+    text, length = text_tower(model), prompts.tokens.shape[1]
+    x = text.token_embedding(prompts.tokens) + text.positional_embedding[:length]  # type: ignore[operator, index]
+    x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])  # type: ignore[operator, index]
+    x = text.ln_final(x)[torch.arange(len(prompts)), prompts.eot]  # type: ignore[operator]
+    projection = text.text_projection
+    if projection is not None:
+        x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
     return F.normalize(x, dim=-1)
 
 

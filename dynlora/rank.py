@@ -3,6 +3,7 @@
 Knows nothing of models or optimisers. Equations are those of CoDyRA, arXiv 2412.01004, section 3.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 Operator = Literal["paper", "reference"]
+Ramp = Literal["equal", "reference"]
 
 
 def soft_threshold(importance: Tensor, kappa: float, *, operator: Operator = "paper") -> Tensor:
@@ -40,6 +42,9 @@ class Schedule:
         steps: in all.
         dense_fraction, settle_fraction: shares of them without any threshold, at the start and at the end.
         kappa_max: the threshold at the end of the ramp, which rises to it in `levels` equal stairs from 0.
+        stairs: `equal` as written here; `reference` as the authors' code counts them: each of
+            floor(steps left / levels) steps, ending at multiples of that number, the first one already above
+            0, and none after the very step at which the ramp starts.
     """
 
     steps: int
@@ -47,6 +52,7 @@ class Schedule:
     kappa_max: float
     levels: int = 50
     settle_fraction: float = 0.0
+    stairs: Ramp = "equal"
 
     @property
     def ramp(self) -> range:
@@ -58,8 +64,18 @@ class Schedule:
         """The threshold applied after `step`; 0 outside of the ramp."""
         if step not in self.ramp or self.levels < 2:
             return 0.0
-        stair = min((step - self.ramp.start) * self.levels // len(self.ramp), self.levels - 1)
-        return self.kappa_max * stair / (self.levels - 1)
+        if self.stairs == "reference":
+            stair = self._reference_stair(step)
+        else:
+            stair = (step - self.ramp.start) * self.levels // len(self.ramp)
+        return self.kappa_max * min(stair, self.levels - 1) / (self.levels - 1)
+
+    def _reference_stair(self, step: int) -> int:
+        dense = self.steps * self.dense_fraction
+        width = int((self.steps - dense) // self.levels)
+        if step <= dense or width == 0:
+            return 0
+        return step // width - (math.ceil(dense) - 1) // width
 
     def is_settling(self, step: int) -> bool:
         """After the ramp: what is left goes on learning, and what is dead stays dead."""

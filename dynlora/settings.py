@@ -1,11 +1,11 @@
-"""How to learn: one settings object, two presets."""
+"""How to learn: one settings object, three presets."""
 
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
 from dynlora.errors import DynloraError
-from dynlora.rank import Operator, Schedule
+from dynlora.rank import Operator, Ramp, Schedule
 
 
 class SettingsError(DynloraError):
@@ -29,6 +29,7 @@ class Settings:
     kappa_total: float | None = None  # sum of all thresholds, instead of kappa_max: for any number of steps
     settle_fraction: float = 0.0  # share of the steps after the ramp, in which what survived goes on learning
     threshold: Operator = "paper"
+    stairs: Ramp = "equal"  # of the ramp
     random_importance: bool = True  # gates start at N(0, 1) as published, else all at 1
 
     # Of the default objective only (dynlora/retaining.py says what the weights weigh).
@@ -93,12 +94,13 @@ class Settings:
     def schedule_for(self, steps: int) -> Schedule:
         """When and how much to threshold in a task of `steps` steps."""
         schedule = Schedule(
-            steps, self.dense_fraction, self.kappa_max, self.kappa_levels, self.settle_fraction
+            steps, self.dense_fraction, self.kappa_max, self.kappa_levels, self.settle_fraction, self.stairs
         )
         return schedule if self.kappa_total is None else schedule.with_total(self.kappa_total)
 
 
 PAPER = Settings()
+REFERENCE = Settings(threshold="reference", stairs="reference")
 DEFAULT = Settings(
     objective="default",
     steps=None,
@@ -113,12 +115,15 @@ DEFAULT = Settings(
 
 
 def preset(name: str) -> Settings:
-    """The settings of a preset: `paper` is the published recipe, `default` what the daemon learns with.
+    """The settings of a preset.
+
+    `paper` is the published recipe, `reference` the same as the authors' code carries it out (dead zone and
+    ramp differ), `default` what the daemon learns with.
 
     Raises:
         SettingsError: there is no such preset.
     """
-    presets = {"paper": PAPER, "default": DEFAULT}
+    presets = {"paper": PAPER, "reference": REFERENCE, "default": DEFAULT}
     if name not in presets:
         raise SettingsError(f"there is no preset {name!r}; expected one of {', '.join(presets)}")
     return presets[name]

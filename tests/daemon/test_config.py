@@ -65,7 +65,10 @@ def test_a_key_like_no_other_is_answered_with_the_sections(tmp_path: Path) -> No
         ('[inbox]\nsettle_seconds = "soon"\n', "inbox.settle_seconds is 'soon'; expected a valid number"),
         ("[learning]\nrank = 1.5\n", "learning.rank is 1.5; expected a valid integer"),
         ("[exam]\nkeep = 1\n", "exam.keep is 1; expected a valid boolean"),
-        ('[learning]\npreset = "fast"\n', "learning.preset is 'fast'; expected 'default' or 'paper'"),
+        (
+            '[learning]\npreset = "fast"\n',
+            "learning.preset is 'fast'; expected 'default', 'paper' or 'reference'",
+        ),
         (
             "[inbox]\nmax_image_pixels = 80_000_001\n",
             "inbox.max_image_pixels is 80000001; expected less than or equal to 80000000",
