@@ -50,7 +50,7 @@ def adapted_product(x: Tensor, frozen: Frozen, factors: Sequence[Tensor]) -> Ten
         x = x.to(torch.get_autocast_dtype(x.device.type))
     vectors, parts, rank = x.numel() // x.shape[-1], len(factors) // 3, len(factors[0])
     way = Merged if merging_pays(vectors, frozen.weight, parts=parts, rank=rank) else Beside
-    y: Tensor = way.apply(x, frozen, *factors)  # type: ignore[no-untyped-call]
+    y: Tensor = way.apply(x, frozen, *factors)
     return y
 
 
@@ -81,7 +81,7 @@ class Beside(Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of y (…, out); returns those of x and of every factor."""
         vectors, inner, *factors = ctx.saved_tensors
@@ -116,7 +116,7 @@ class Merged(Function):
         return F.linear(x, weight, frozen.of(x.dtype)[1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of y (…, out); returns those of x and of every factor."""
         x, weight, *factors = ctx.saved_tensors
@@ -142,7 +142,7 @@ def _joined(factors: Sequence[Tensor], dtype: torch.dtype) -> Factors:
     a, w, b = factors[:parts], factors[parts : 2 * parts], factors[2 * parts :]
     if parts == 1:
         return a[0].to(dtype), w[0].to(dtype), [b[0].to(dtype)]
-    return torch.cat(a).to(dtype), torch.cat(w).to(dtype), [part.to(dtype) for part in b]
+    return torch.cat([*a]).to(dtype), torch.cat([*w]).to(dtype), [part.to(dtype) for part in b]
 
 
 def _parts(b: Sequence[Tensor]) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -54,7 +54,7 @@ def encode_text(model: nn.Module, prompts: Prompts) -> Tensor:
     x = model.ln_final(x)[torch.arange(len(prompts)), prompts.eot]  # type: ignore[operator]
     projection = model.text_projection
     x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
-    return F.normalize(x, dim=-1)
+    return F.normalize(x.float(), dim=-1)
 
 
 def generic_names() -> list[str]:
