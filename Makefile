@@ -44,6 +44,7 @@ bench: $(STAMP)  ## measure on the full image packs of ../shared/data
 	$(BIN)/python -m benchmarks.undo
 	$(BIN)/python -m benchmarks.unknown
 	$(BIN)/python -m benchmarks.native_inbox
+	$(BIN)/python -m benchmarks.step
 
 clean:  ## remove .venv, caches and the demo's home
 	rm -rf $(VENV) demo-home build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

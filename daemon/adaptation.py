@@ -24,7 +24,7 @@ from daemon.errors import WorkerError
 from daemon.examine import Examiner, load_pixels
 from daemon.founding import software_versions
 from daemon.grading import Grading, Stopwatch
-from daemon.plan import Plan, seed_of, settle_plan
+from daemon.plan import Plan, seed_of, settle_plan, stored_plan
 from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
 from daemon.spool import Spool
 from daemon.staging import Candidate, stage_candidate
@@ -48,6 +48,7 @@ from deploy.runtime import LoadedVersion
 from deploy.store import VersionStore
 from dynlora import settings as presets
 from dynlora.clip import load_version
+from dynlora.encoders import fastest_dtype
 from dynlora.errors import CheckpointError, ModelError
 from dynlora.learner import Adaptation, Hooks, Progress, adapt
 from dynlora.task import Name, Task
@@ -68,7 +69,9 @@ def adapt_batch(
     batch = read_batch(work_dir)
     store = VersionStore(home / "serving")
     parent_dir, parent_manifest = store.path(parent), store.manifest(parent)
-    plan, checkpoint = settle_plan(work_dir, _plan(batch, parent_manifest, config))
+    wanted = _plan(batch, parent_manifest, config)
+    stored = stored_plan(work_dir, wanted)
+    plan = stored or wanted
     torch.set_num_threads(plan.threads)
     # The same version twice, for torch to learn from and for ONNX Runtime to ask: both at once.
     with watch.stage("load", is_told=False), ThreadPoolExecutor(1) as beside:
@@ -83,6 +86,10 @@ def adapt_batch(
         before = examiner.ask(live)
     with watch.stage("decode", is_told=False):
         task = load_task(batch, work_dir, Preprocessing.load(parent_dir / PREPROCESSOR_NAME), classes)
+    with watch.stage("train"):  # with the choice of how: it takes as long as a few steps
+        if stored is None and config.learning.dtype == "auto":
+            plan = plan.model_copy(update={"dtype": fastest_dtype(clip, rank=plan.settings["rank"])})
+        checkpoint = settle_plan(work_dir, plan)
     with watch.stage("train"), _without_damaged(checkpoint):
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
         adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
@@ -189,6 +196,7 @@ def _plan(batch: Batch, parent: Manifest, config: Config) -> Plan:
         parent_weights_sha256=weights_sha256,
         seed=seed_of(batch.content_sha256, weights_sha256, learning.seed),
         splits={image.sha256: image.split for image in batch.images},
+        dtype="float32" if learning.dtype == "auto" else learning.dtype,
         threads=learning.threads or usable_cpus(),
         preset=learning.preset,
         settings=settings.as_dict(),
@@ -197,7 +205,7 @@ def _plan(batch: Batch, parent: Manifest, config: Config) -> Plan:
 
 
 def _settings(plan: Plan) -> presets.Settings:
-    return presets.Settings.from_dict(plan.settings)
+    return presets.Settings.from_dict(plan.settings | {"dtype": plan.dtype})
 
 
 def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds: float) -> Hooks:
@@ -259,6 +267,7 @@ def _method(plan: Plan, adaptation: Adaptation, seconds: float) -> dict[str, obj
         "steps": adaptation.steps,
         "final_loss": adaptation.loss,
         "scale": adaptation.scale,
+        "dtype": plan.dtype,
         "threads": plan.threads,
         "seconds": seconds,
     }

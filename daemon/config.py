@@ -63,6 +63,7 @@ class LearningConfig(Section):
     preset: Literal["default", "paper", "reference"] = "default"
     rank: int = Field(0, ge=0)  # 0: the preset's
     steps: int = Field(0, ge=0)  # 0: the preset's
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where a trial says it is faster
     seed: int = Field(0, ge=0)  # another one gives other random numbers, all else equal
     threads: int = Field(0, ge=0)  # 0: every core this process may use
     checkpoint_seconds: float = Field(60.0, gt=0)

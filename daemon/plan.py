@@ -28,7 +28,7 @@ class Plan(BaseModel):
     parent_weights_sha256: str
     seed: int
     splits: dict[str, Literal["train", "tune", "exam"]]  # image sha256 → split
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the towers while learning
     threads: int  # torch's; another number may round differently
     preset: str
     settings: dict[str, Any]
@@ -41,21 +41,23 @@ def seed_of(content_sha256: str, parent_weights_sha256: str, salt: int = 0) -> i
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def settle_plan(work_dir: Path, wanted: Plan) -> tuple[Plan, Path]:
-    """The plan to follow and where its checkpoint lies.
+def stored_plan(work_dir: Path, wanted: Plan) -> Plan | None:
+    """The plan that an earlier attempt settled on; None where there is none that fits.
 
-    A stored plan for the same batch, parent and software is obeyed, also where the configuration has changed
-    since. Any other is dropped with its checkpoint, and `wanted` is stored in its place.
+    One for the same batch, parent and software is obeyed, also where the configuration has changed since.
     """
-    path, checkpoint = work_dir / PLAN_NAME, work_dir / CHECKPOINT_DIR / CHECKPOINT_NAME
-    stored = _read(path)
-    if stored is not None and _anchor(stored) == _anchor(wanted):
-        atomic.make_dir(checkpoint.parent)
-        return stored, checkpoint
-    atomic.remove_tree(checkpoint.parent)
+    stored = _read(work_dir / PLAN_NAME)
+    return stored if stored is not None and _anchor(stored) == _anchor(wanted) else None
+
+
+def settle_plan(work_dir: Path, plan: Plan) -> Path:
+    """Make `plan` the one to follow; returns where its checkpoint lies. That of any other plan is dropped."""
+    checkpoint = work_dir / CHECKPOINT_DIR / CHECKPOINT_NAME
+    if _read(work_dir / PLAN_NAME) != plan:
+        atomic.remove_tree(checkpoint.parent)
+        atomic.write_text(work_dir / PLAN_NAME, plan.model_dump_json(by_alias=True, indent=2) + "\n")
     atomic.make_dir(checkpoint.parent)
-    atomic.write_text(path, wanted.model_dump_json(by_alias=True, indent=2) + "\n")
-    return wanted, checkpoint
+    return checkpoint
 
 
 def _anchor(plan: Plan) -> tuple[object, ...]:

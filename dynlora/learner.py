@@ -116,7 +116,7 @@ class _Run:
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            foreach=True,
+            fused=True,
         )
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
 

@@ -1,14 +1,18 @@
 """Rank-selective LoRA layers: y = x Wᵀ + b + ((x Aᵀ) ⊙ w) Bᵀ  (CoDyRA, arXiv 2412.01004, eq. 3).
 
-The wrapped weights are frozen and never written to: merging is somebody else's job, done once, in one place.
+The wrapped weights are frozen and never written to: folding is somebody else's job, done once, in one place.
 Shapes: B batch, L tokens, D width, r rank.
 """
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dynlora.products import Frozen, adapted_product
 
 
 class LoRA(nn.Module):
@@ -31,10 +35,6 @@ class LoRA(nn.Module):
             else:
                 self.importance.fill_(1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
-        return F.linear(F.linear(x, self.lora_A) * self.importance, self.lora_B)
-
     def delta(self) -> Tensor:
         """ΔW, (out, in)."""
         return (self.lora_B * self.importance) @ self.lora_A
@@ -47,6 +47,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.lora = LoRA(base.in_features, base.out_features, rank)
+        self._frozen = Frozen(base.weight, base.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -55,8 +56,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        update: Tensor = self.lora(x)
-        return F.linear(x, self.base.weight, self.base.bias) + update
+        return _product(x, self._frozen, [self.lora])
 
 
 class LoRAFusedLinear(nn.Module):
@@ -69,14 +69,13 @@ class LoRAFusedLinear(nn.Module):
         super().__init__()
         self.base = base
         assert base.out_features % parts == 0, (base.out_features, parts)
-        self.loras = nn.ModuleList(
-            LoRA(base.in_features, base.out_features // parts, rank) for _ in range(parts)
-        )
+        loras = [LoRA(base.in_features, base.out_features // parts, rank) for _ in range(parts)]
+        self.loras = nn.ModuleList(loras)
+        self._frozen = Frozen(base.weight, base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        update = torch.cat([lora(x) for lora in self.loras], dim=-1)
-        return F.linear(x, self.base.weight, self.base.bias) + update
+        return _product(x, self._frozen, self.loras)
 
 
 class LoRAAttention(nn.Module):
@@ -91,6 +90,7 @@ class LoRAAttention(nn.Module):
         width = base.embed_dim
         self.q, self.k, self.v = (LoRA(width, width, rank) for _ in range(3))
         self.out = LoRALinear(base.out_proj, rank)
+        self._frozen = Frozen(base.in_proj_weight, base.in_proj_bias)
 
     def forward(
         self,
@@ -104,8 +104,7 @@ class LoRAAttention(nn.Module):
         """(B, L, D) three times the same → (B, L, D), None. `attn_mask` (L, L) is added to the scores."""
         assert query is key and key is value and not need_weights, "self-attention only"
         x = query
-        fused = F.linear(x, self.base.in_proj_weight, self.base.in_proj_bias)  # (B, L, 3D)
-        fused = fused + torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+        fused = _product(x, self._frozen, [self.q, self.k, self.v])  # (B, L, 3D)
         q, k, v = (self._split_heads(part) for part in fused.chunk(3, dim=-1))  # (B, heads, L, D / heads)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
@@ -114,3 +113,9 @@ class LoRAAttention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         return x.view(batch, length, self.base.num_heads, width // self.base.num_heads).transpose(1, 2)
+
+
+def _product(x: Tensor, frozen: Frozen, loras: Iterable[nn.Module]) -> Tensor:
+    """Multiply x by the frozen matrix with the updates of its parts beside it."""
+    factors = zip(*((lora.lora_A, lora.importance, lora.lora_B) for lora in loras), strict=True)
+    return adapted_product(x, frozen, list(itertools.chain(*factors)))

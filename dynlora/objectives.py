@@ -13,6 +13,7 @@ from torch import Tensor
 from dynlora import prompts
 from dynlora.attach import Site
 from dynlora.clip import Clip
+from dynlora.encoders import Encoders
 from dynlora.retaining import RetainingObjective
 from dynlora.sampling import BatchSampler
 from dynlora.settings import Settings
@@ -45,7 +46,7 @@ class PublishedObjective:
     """
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
-        self.model, self.task = clip.model, task
+        self.encoders, self.task = Encoders(clip.model, settings.dtype), task
         self.prompts = prompts.tokenize(
             clip, [c.name for c in task.classes], [c.template for c in task.classes]
         )
@@ -62,8 +63,8 @@ class PublishedObjective:
         """Image→text plus text→image cross-entropy, or the pairwise sigmoid loss."""
         index = self.batches.at(step)
         labels = self.task.labels[index]
-        images = F.normalize(self.model.visual(self.task.pixels[index]), dim=-1)  # type: ignore[operator]
-        texts = prompts.encode_text(self.model, self.prompts)
+        images = self.encoders.images(self.task.pixels[index])
+        texts = self.encoders.texts(self.prompts)
         logits = self.scale * images @ texts.T  # (B, C)
         members = F.one_hot(labels, len(texts)).T.float()  # (C, B)
         if self.bias is not None:

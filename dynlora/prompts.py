@@ -78,7 +78,7 @@ def encode_text(model: nn.Module, prompts: Prompts) -> Tensor:
     """open_clip's `encode_text(normalize=True)` on prompts: (N, dim), L2-normalised, differentiable."""
     if prompts.eot is None:
         whole: Tensor = model.encode_text(prompts.tokens, normalize=True)  # type: ignore[operator]
-        return whole
+        return whole.float()
     text, length = text_tower(model), prompts.tokens.shape[1]
     x = text.token_embedding(prompts.tokens) + text.positional_embedding[:length]  # type: ignore[operator, index]
     x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])  # type: ignore[operator, index]
@@ -86,7 +86,7 @@ def encode_text(model: nn.Module, prompts: Prompts) -> Tensor:
     projection = text.text_projection
     if projection is not None:
         x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
-    return F.normalize(x, dim=-1)
+    return F.normalize(x.float(), dim=-1)
 
 
 def generic_names() -> list[str]:

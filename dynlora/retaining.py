@@ -24,6 +24,7 @@ from torch import Tensor
 from dynlora import augment, prompts
 from dynlora.attach import Site
 from dynlora.clip import Clip
+from dynlora.encoders import Encoders
 from dynlora.names import same_name_key
 from dynlora.sampling import BatchSampler, generator_for
 from dynlora.settings import Settings
@@ -40,7 +41,8 @@ class RetainingObjective:
     """The default preset's loss for one task."""
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
-        self.model, self.task, self.settings, self.seed = clip.model, task, settings, seed
+        self.task, self.settings, self.seed = task, settings, seed
+        self.encoders = Encoders(clip.model, settings.dtype)
         self.own, self.known = len(task.classes), len(task.known)
         names = [*task.classes, *task.known, *_bank(task)]
         self.prompts = prompts.tokenize(clip, [n.name for n in names], [n.template for n in names])
@@ -70,10 +72,10 @@ class RetainingObjective:
         view = torch.randint(s.views, image.shape, generator=generator)
         other = torch.randperm(len(self.stand_ins), generator=generator)[: s.stand_ins_per_step]
         pixels = torch.cat([self.views.render(self.task.pixels, image, view), self.stand_ins[other]])
-        images = self._encode_images(pixels)  # (B + stand-ins, D)
+        images = self.encoders.images(pixels)  # (B + stand-ins, D)
         images_before = torch.cat([self.seen_before[view, image], self.stand_ins_before[other]])
         chosen = self._choose_names(generator)  # (own + others,), own first
-        texts = prompts.encode_text(self.model, self.prompts.rows(chosen))
+        texts = self.encoders.texts(self.prompts.rows(chosen))
         own, held = texts[: self.own], texts[self.own :]
         held_before = self.before[chosen[self.own :]]
         of_batch = images[: len(labels)]
@@ -108,7 +110,7 @@ class RetainingObjective:
 
     def _tune_loss(self) -> float:
         parts = torch.split(self.task.tune_pixels, _IMAGES_AT_ONCE)
-        images = torch.cat([self._encode_images(part) for part in parts])
+        images = torch.cat([self.encoders.images(part) for part in parts])
         logits = self.scale * images @ self._encode_all().T
         return float(F.cross_entropy(logits, self.task.tune_labels))
 
@@ -150,7 +152,7 @@ class RetainingObjective:
                 [torch.cat([self._view_before(part, view) for part in everyone]) for view in range(s.views)]
             )
             self.stand_ins_before = torch.cat(
-                [self._encode_images(part) for part in torch.split(self.stand_ins, _IMAGES_AT_ONCE)]
+                [self.encoders.images(part) for part in torch.split(self.stand_ins, _IMAGES_AT_ONCE)]
             )
 
         # CLIP keeps images and texts in two clouds. A name's text, shifted from one cloud to the other,
@@ -159,15 +161,12 @@ class RetainingObjective:
 
     def _view_before(self, image: Tensor, view: int) -> Tensor:
         pixels = self.views.render(self.task.pixels, image, torch.full_like(image, view))
-        return self._encode_images(pixels)
-
-    def _encode_images(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.model.visual(pixels), dim=-1)  # type: ignore[operator]
+        return self.encoders.images(pixels)
 
     def _encode_all(self) -> Tensor:
         rows = torch.split(torch.arange(len(self.prompts)), _PROMPTS_AT_ONCE)
         with torch.no_grad():
-            return torch.cat([prompts.encode_text(self.model, self.prompts.rows(part)) for part in rows])
+            return torch.cat([self.encoders.texts(self.prompts.rows(part)) for part in rows])
 
 
 def _moved(now: Tensor, before: Tensor) -> Tensor:

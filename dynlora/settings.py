@@ -17,6 +17,7 @@ class Settings:
     """Everything that decides what a task teaches, seed and images apart. Defaults: the published recipe."""
 
     objective: Literal["published", "default"] = "published"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # the towers compute in; what learns stays in float32
     rank: int = 16  # of each matrix's update before pruning
     steps: int | None = 500  # None: chosen from the number of images
     batch_size: int = 64  # images per step
@@ -51,6 +52,8 @@ class Settings:
     colour_jitter: float = 0.1  # of contrast and brightness
 
     def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise SettingsError(f"dtype is {self.dtype!r}; expected float32 or bfloat16")
         for name, least in (("rank", 1), ("batch_size", 1), ("kappa_levels", 2)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected at least {least}")
