@@ -16,7 +16,7 @@ import uvloop
 _LENGTH = b"content-length:"
 _CONNECT_SECONDS = 10
 _LEAST_REQUESTS = 100  # fewer say nothing of a p99: then it takes longer,
-_LONGEST = 3  # but at most so many times as long
+_LONGEST = 2  # but at most so many times as long
 
 
 @dataclass(frozen=True)

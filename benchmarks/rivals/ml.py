@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.rivals import shared
 from fastapi import Request, Response
 from mlserver import MLModel
+from mlserver.context import model_context
 from mlserver.handlers import custom_handler
 from mlserver.types import InferenceRequest, InferenceResponse, RequestInput, ResponseOutput
 
@@ -31,7 +32,8 @@ class Vision(MLModel):
         if shared.takes_pictures():
             values = (await asyncio.to_thread(shared.pixels, self.loaded, body)).tobytes()
         one = RequestInput(name="pixel_values", shape=shape, datatype="FP32", data=values)
-        found = await self.predict(InferenceRequest(inputs=[one]))
+        with model_context(self.settings):  # for its metrics; its own paths have it from elsewhere
+            found = await self.predict(InferenceRequest(inputs=[one]))
         embeds = np.frombuffer(found.outputs[0].data.root, np.float32)[None]
         answer, kind = shared.answer(self.loaded, embeds)
         return Response(answer, media_type=kind)
