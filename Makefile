@@ -41,6 +41,7 @@ bench: $(STAMP)  ## measure on the full image packs of ../shared/data
 	$(BIN)/python -m benchmarks.publish
 	$(BIN)/python -m benchmarks.swap
 	$(BIN)/python -m benchmarks.sessions
+	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.native_inbox
 
 clean:  ## remove .venv, caches and the demo's home

@@ -1,8 +1,8 @@
 """The servers that are compared, each as a process on the cores given to it, and what they are asked.
 
-All get the same pictures, one a request: `pixels` as float32 values, `jpeg` as files. `dynlora serve` gets
-pixels in the Open Inference Protocol's binary form with its JSON header; the rivals get the bare values, which
-is less to read.
+All get the same pictures, one a request: `pixels` as float32 values, `jpeg` as files. `dynlora serve`
+gets pixels in the Open Inference Protocol's binary form with its JSON header; the rivals get the bare
+values, which is less to read.
 """
 
 import contextlib

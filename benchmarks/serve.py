@@ -88,8 +88,8 @@ def compare(setting: Setting, loaded: LoadedVersion, model: str, seconds: float)
             for callers in CALLERS[model]:
                 settle = min(2.0, seconds / 3)
                 point = load.drive(target, callers, settle_seconds=settle, seconds=seconds)
-                print(f"{model}, {setting.payload}: {name}, {callers} callers, "
-                      f"{point['per_second']:.1f}/s, p99 {1e3 * point['p99']:.1f} ms", flush=True)  # fmt: skip
+                rate, p99 = point["per_second"], 1e3 * point["p99"]
+                print(f"{name}, {callers} callers: {rate:.1f}/s, p99 {p99:.1f} ms", flush=True)
                 sweeps[name].append(point)
     after = all_bare()
     mean = {batch: (before[batch] + after[batch]) / 2 for batch in before}
@@ -118,16 +118,20 @@ def judged(measured: dict[str, Any]) -> dict[str, Any]:
 
 def describe(model: str, result: dict[str, Any]) -> str:
     """Markdown of all payloads."""
-    parts = [
-        f"{model}, one picture a request; {result['sharing']}. {release_of('mlserver')} and "
-        f"{release_of('litserve')} with batches of up to {MAX_BATCH}, waiting {1e3 * BATCH_SECONDS:g} ms for "
-        "them; MLServer in one process with a handler for raw bytes, LitServe with one inference worker per "
-        "core, bytes as the body and its fast queue."
-    ]
+    parts = [_introduction(model, result["sharing"])]
     for payload in PAYLOADS:
         found = result[payload]
         parts += [f"## {payload}", _sweep_table(found), _goal_table(found)]
     return "\n\n".join(parts)
+
+
+def _introduction(model: str, sharing: str) -> str:
+    rivals = f"{release_of('mlserver')} and {release_of('litserve')}"
+    return (
+        f"{model}, one picture a request; {sharing}. {rivals} with batches of up to {MAX_BATCH}, waiting "
+        f"{1e3 * BATCH_SECONDS:g} ms for them; MLServer in one process with a handler for raw bytes, "
+        "LitServe with one inference worker per core, bytes as the body and its fast queue."
+    )
 
 
 def _sweep_table(found: dict[str, Any]) -> str:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import litserve
 import numpy as np
-from benchmarks.rivals import shared
 from fastapi import Body, Response
+
+from benchmarks.rivals import shared
 
 
 class Vision(litserve.LitAPI):

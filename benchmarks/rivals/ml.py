@@ -1,18 +1,19 @@
 """MLServer: a custom runtime whose handler takes the raw body, with adaptive batching, in one process.
 
-Its own REST path knows JSON only, in which a picture's pixel values are several times larger and slower to read.
+Its own REST path knows JSON only, in which pixel values are several times larger and slower to read.
 """
 
 import asyncio
 from typing import Any
 
 import numpy as np
-from benchmarks.rivals import shared
 from fastapi import Request, Response
 from mlserver import MLModel
 from mlserver.context import model_context
 from mlserver.handlers import custom_handler
 from mlserver.types import InferenceRequest, InferenceResponse, RequestInput, ResponseOutput
+
+from benchmarks.rivals import shared
 
 
 class Vision(MLModel):

@@ -1,6 +1,6 @@
 """What both rivals compute with: the version that `dynlora serve` serves, opened by the same code.
 
-So the graph, the session's options, decoding, preprocessing and ranking are the same; only the server differs.
+So graph, session options, decoding, preprocessing and ranking are the same; only the server differs.
 """
 
 import json
