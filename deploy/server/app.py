@@ -45,7 +45,9 @@ def build_app(state: State) -> ASGIApp:
 
 async def metrics(request: Request) -> Response:
     """Numbers for Prometheus."""
-    return Response(state_of(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    state = state_of(request)
+    served = [str(slot.version) for slot in state.versions.loaded]
+    return Response(state.metrics.text(served), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def version(request: Request) -> Response:

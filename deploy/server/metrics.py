@@ -1,12 +1,13 @@
 """Prometheus metrics: names in the style of the field, labels model and version only.
 
 With several workers prometheus_client keeps the numbers in files of a directory that the parent makes
-(PROMETHEUS_MULTIPROC_DIR), so that any worker can tell the sum of all.
+(PROMETHEUS_MULTIPROC_DIR), so that any worker can tell the sum of all. Versions come and go for years: the
+series of one that is not loaded any more are not told, and forgotten where they are in memory.
 """
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,6 +20,8 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from deploy.server.versions import Slot
 
@@ -125,14 +128,37 @@ class Metrics:
         """Time loading (`load`) or switching (`switch`)."""
         self._swap_seconds.labels(phase).observe(seconds)
 
-    def text(self) -> bytes:
-        """Return all of it in the text format of Prometheus."""
+    def text(self, served: Collection[str]) -> bytes:
+        """Return all of it in the text format of Prometheus, of these versions only."""
         if not self._is_shared:
+            self._forget_all_but(served)
             return generate_latest(self._registry)
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+        return generate_latest(_Served(registry, served))
+
+    def _forget_all_but(self, served: Collection[str]) -> None:
+        by_version = (self._requests, self._seconds, self._rows, self._version)
+        for metric in by_version:
+            for version in {sample.labels["version"] for each in metric.collect() for sample in each.samples}:
+                if version not in served:
+                    metric.remove_by_labels({"version": version})
 
     def _info(self, model: str, slot: Slot) -> Gauge:
         weights = slot.loaded.manifest.files["weights.safetensors"].sha256
         return self._version.labels(model, str(slot.version), weights)
+
+
+class _Served(Collector):
+    """What a registry collects, without versions that are not served: files of ended workers have them."""
+
+    def __init__(self, registry: CollectorRegistry, served: Collection[str]) -> None:
+        self._registry, self._served = registry, served
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics with what is left of their samples."""
+        for metric in self._registry.collect():
+            metric.samples = [
+                sample for sample in metric.samples if sample.labels.get("version", "") in {*self._served, ""}
+            ]
+            yield metric

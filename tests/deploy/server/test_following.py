@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -93,16 +94,20 @@ def swap(server: Server, serving: Path, traffic: Traffic, version: int) -> None:
 
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_versions_only_go_forward_under_load(serving: Path, expected, processes) -> None:
-    """Forth and back through `current`: no failed request, no mixed and no older answer."""
+    """Forth and back: no failed request, no mixed and no older answer, no metrics of what is not loaded."""
     with serving_process(serving, *processes) as server, Traffic(server, expected) as traffic:
         for version in (1, 2, 0):
             swap(server, serving, traffic, version)
         previous = ask_pixels(server.client, PIXELS, "2")
         gone = ask_pixels(server.client, PIXELS, "1")
+        metrics = server.client.get("/metrics").text
 
     assert traffic.problems == []
     assert binary_outputs(previous)[0]["model_version"] == "2"
     assert gone.status_code == 404
+    told = re.findall(r'^dynlora_inference_requests_total\{.*version="(\d+)"', metrics, re.MULTILINE)
+    assert set(told) == {"0", "2"}
+    assert 'version="1"' not in metrics
     print(f"{traffic.answers} answers")
 
 
