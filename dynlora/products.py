@@ -72,13 +72,13 @@ class Beside(Function):
         weight, bias = frozen.of(x.dtype)
         vectors = x.reshape(-1, x.shape[-1])
         inner = vectors @ a.T  # (N, P r)
-        y = F.linear(vectors, weight, bias)
-        gated = inner * w
+        y = F.linear(x, weight, bias)  # not a view: some blocks go on to write into it
+        gated, flat = inner * w, y.view(len(vectors), -1)
         for rows, ranks, part in _parts(b):
-            y[:, rows].addmm_(gated[:, ranks], part.T)
+            flat[:, rows].addmm_(gated[:, ranks], part.T)
         ctx.save_for_backward(vectors, inner, *factors)
         ctx.frozen, ctx.shape = frozen, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable
