@@ -84,10 +84,8 @@ def finish_forgetting(home: Path, inbox: Path) -> list[str]:
         if _erase(home, inbox, batch)[0].total():
             ended.append(batch.id)
     recordless = [i for i in spool.ids("failed") if not (spool.path(i) / BATCH_FILE).exists()]
-    for batch_id in filter(lambda i: _is_forgotten(spool, i), recordless):
-        if _remove_files(home, inbox, batch_id)[0].total():
-            ended.append(batch_id)
-    return ended
+    doomed = [batch_id for batch_id in recordless if _is_forgotten(spool, batch_id)]
+    return [*ended, *(i for i in doomed if _remove_files(home, inbox, i)[0].total())]
 
 
 def _is_forgotten(spool: Spool, batch_id: str) -> bool:
