@@ -1,12 +1,13 @@
 """A disk that fails, or loses power, at the Nth call that changes it; shared by a daemon and its workers.
 
-`install` replaces the functions of `os` in this process, and what it forks inherits that. Every call takes the
-next number from a journal that all processes of a life append to. At the chosen one the whole process group is
-killed, or the call fails. `lose_power` then does to a home what a power cut may do at worst: content that no
-fsync followed is gone, and entries that no fsync of their directory followed are as before.
+`install` replaces the functions of `os` in this process, and what it forks inherits that; pathlib and shutil
+end there, too. Every call takes the next number from a journal that all processes of a life append to. At the
+chosen one the whole process group is killed, or the call fails. `lose_power` then does to a home what a power
+cut may do at worst: content that no fsync followed is gone, and entries that no fsync of their directory
+followed are as before. What the built-in `open` writes is no call of its own, but is lost in the same way.
 """
+# ruff: noqa: PTH - what pathlib itself calls is replaced here
 
-import errno
 import fcntl
 import json
 import os
@@ -40,7 +41,7 @@ class Disk:
     Args:
         at: the call that does not happen; 0 for none.
         how: "kill" the process group there, or the error number the call fails with.
-        skips: called with a call's name and path; true where that call is left out altogether (a broken build).
+        skips: called with a call's name and path; true where a broken build leaves that call out.
     """
 
     def __init__(
@@ -158,6 +159,3 @@ def _undo(entry: dict[str, Any]) -> None:
             os.link(entry["grave"], entry["to"], follow_symlinks=False)
     elif "grave" in entry:
         os.link(entry["grave"], path, follow_symlinks=False)
-
-
-ERRORS = (errno.EIO, errno.ENOSPC, errno.EMFILE)

@@ -1,8 +1,8 @@
 """A life of two batches, from the inbox to the second version, quick enough to be lived hundreds of times.
 
 The daemon's code is the real one, and so are the store, its weights and their fold. A worker is a process of
-its own that the daemon starts, hears and kills as ever; it learns in no time, for it is forked from one that has
-all modules, and makes the update that a batch of that number always makes.
+its own that the daemon starts, hears and kills as ever; it learns in no time, for it is forked from one that
+has all modules, and makes the update that a batch of that number always makes.
 """
 
 import json
@@ -125,7 +125,7 @@ def _say(**message: Any) -> None:
 
 
 def _work(given: dict[str, str]) -> int:
-    """Plan, checkpoint, delta, staged version, report: in the order and through the doors of the real worker."""
+    """Plan, checkpoint, delta, staged version, report: in the real worker's order, through the same doors."""
     home, batch_id, parent = Path(given["--home"]), given["--batch"], int(given["--parent"])
     work_dir, store = home / "spool" / "work" / batch_id, VersionStore(home / "serving")
     batch = read_batch(work_dir)
