@@ -6,7 +6,7 @@ chosen one the whole process group is killed, or the call fails. `lose_power` th
 cut may do at worst: content that no fsync followed is gone, and entries that no fsync of their directory
 followed are as before. What the built-in `open` writes is no call of its own, but is lost in the same way.
 """
-# ruff: noqa: PTH - what pathlib itself calls is replaced here
+# ruff: noqa: PTH102, PTH104, PTH108, PTH109, PTH112, PTH114, PTH115, PTH118, PTH120
 
 import fcntl
 import json
