@@ -119,6 +119,17 @@ def test_a_fault_at_any_call_ends_in_the_same_two_versions(
     assert found == []
 
 
+def test_a_worker_killed_while_it_writes_its_result_leaves_nothing_lying(
+    tmp_path: Path, undisturbed: Any
+) -> None:
+    """What it had begun to write would stay with the batch for ever."""
+    calls, expected = undisturbed
+    paths = [json.loads(line)["path"] for line in calls]
+    numbers = [number for number, path in enumerate(paths, 1) if "/result/.tmp-" in path]
+    assert len(numbers) > 6
+    assert violations(tmp_path, [expected], numbers[1:3], fault="kill") == []
+
+
 def around_the_first_publication(calls: list[str]) -> range:
     """The calls from just before version 1 has its number to just after it is live."""
     [number] = [i for i, line in enumerate(calls, 1) if json.loads(line).get("to", "").endswith("versions/1")]
