@@ -114,15 +114,3 @@ def test_folders_renamed_while_the_inbox_is_looked_at_lose_no_image(bench) -> No
 
     hashes = [image.sha256 for name in bench.spool.ids("queued") for image in bench.spool.load(name).images]
     assert len(hashes) == len(set(hashes)) == 30
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(1800)
-def test_a_thousand_tiny_batches_are_all_queued(bench) -> None:
-    """Each of them by itself, in one go."""
-    for number in range(1000):
-        bench.class_folder("cup", 4, under=bench.inbox / f"batch-{number}")
-    look(bench)
-
-    assert len(bench.spool.ids("queued")) == 1000
-    assert list(bench.inbox.iterdir()) == []
