@@ -36,6 +36,7 @@ COMMANDS = (
     cli_serve.serve,
     *(cli_steer.rollback, cli_steer.unpin, cli_steer.classify, cli_look.check_config),
     *(cli_history.promote, cli_history.revert, cli_history.forget),
+    *(cli_history.retry, cli_history.discard),
     *(cli_history.thin, cli_history.rebuild, cli_history.prune),
 )
 

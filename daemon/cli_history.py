@@ -111,6 +111,30 @@ def forget(options: Options, batch: str, *, why: str) -> None:
     options.show(found, text)
 
 
+@click.command()
+@click.argument("batch")
+@_why
+@common_options
+@pass_options
+def retry(options: Options, batch: str, *, why: str) -> None:
+    """Put a failed or held batch back into the queue, with its attempts cleared."""
+    found = _order(options, command="retry", batch=batch, why=why)
+    where = "is queued again" if found["state"] == "queued" else "is taken in again"
+    options.show(found, lambda: click.echo(f"{batch} {where}; what was learnt of it before is gone"))
+
+
+@click.command()
+@click.argument("batch")
+@_why
+@common_options
+@pass_options
+def discard(options: Options, batch: str, *, why: str) -> None:
+    """Remove the images of a batch that failed, was held or still waits; who, when and why are kept."""
+    found = _order(options, command="discard", batch=batch, why=why)
+    count = sum(found["images"].values())
+    options.show(found, lambda: click.echo(f"{batch} is discarded; {count} files were removed"))
+
+
 def _order(options: Options, **wanted: Any) -> dict[str, Any]:
     """The result of a command; that of a refused revert has an `error`.
 

@@ -68,6 +68,7 @@ class LearningConfig(Section):
     threads: int = Field(0, ge=0)  # 0: every core this process may use
     checkpoint_seconds: float = Field(60.0, gt=0)
     stop_seconds: float = Field(60.0, gt=0)
+    silent_seconds: float = Field(3600.0, gt=0)  # without a sign of progress: it hangs and is killed
     standby: bool = True  # while nothing is to be learnt, a worker has imported torch and waits
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from daemon.batch import BATCH_FILE, Batch, Forgotten
 from daemon.claim import NOT_MOVED
-from daemon.errors import RequestError
+from daemon.errors import BatchError, RequestError
 from daemon.exams import exam_dir
 from daemon.inbox import CLAIMED_PREFIX
 from daemon.plan import PLAN_NAME
@@ -44,12 +44,15 @@ def forget(home: Path, inbox: Path, batch_id: str, *, who: str, why: str) -> dic
     state = spool.find(batch_id)
     if state == "incoming":
         raise RequestError(f"{batch_id} is being taken in: try again in a moment")
+    if state == "failed" and not (spool.path(batch_id) / BATCH_FILE).exists():
+        return forget_drop(home, inbox, batch_id, who=who, why=why)
     batch = spool.load(batch_id)
     left = [sentence for sentence in batch.warnings if NOT_MOVED in sentence]
     if batch.forgotten is None:
         moment = datetime.now(UTC).isoformat(timespec="seconds")
         batch = batch.as_forgotten(Forgotten(who=who, why=why, at=moment))
         spool.save(batch)
+    _leave_out_names(spool, batch_id, batch.forgotten)
     removed, stuck = _erase(home, inbox, batch)
     return {
         "batch": batch_id,
@@ -59,10 +62,62 @@ def forget(home: Path, inbox: Path, batch_id: str, *, who: str, why: str) -> dic
     }
 
 
+def forget_drop(home: Path, inbox: Path, batch_id: str, *, who: str, why: str) -> dict[str, Any]:
+    """As `forget`, for a drop in failed/ that never got a record: reason.json says on whose word."""
+    spool = Spool(home)
+    directory = spool.path(batch_id)
+    reason = spool.reason(batch_id) if (directory / REASON_FILE).exists() else None
+    if reason is None or reason.forgotten is None:
+        by = Forgotten(who=who, why=why, at=datetime.now(UTC).isoformat(timespec="seconds"))
+        _leave_out_names(spool, batch_id, by)
+    removed, stuck = _remove_files(home, inbox, batch_id)
+    remains = f"the record {directory / REASON_FILE}, without any name of a file"
+    return {"batch": batch_id, "state": "failed", "images": dict(removed), "remains": [remains, *stuck]}
+
+
 def finish_forgetting(home: Path, inbox: Path) -> list[str]:
     """End what a crash cut short; returns the batches concerned."""
-    batches = [batch for batch in Spool(home).batches(*STATES[1:]) if batch.forgotten is not None]
-    return [batch.id for batch in batches if _erase(home, inbox, batch)[0].total()]
+    spool = Spool(home)
+    ended = []
+    for batch in [batch for batch in spool.batches(*STATES[1:]) if batch.forgotten is not None]:
+        _leave_out_names(spool, batch.id, batch.forgotten)
+        if _erase(home, inbox, batch)[0].total():
+            ended.append(batch.id)
+    recordless = [i for i in spool.ids("failed") if not (spool.path(i) / BATCH_FILE).exists()]
+    doomed = [batch_id for batch_id in recordless if _is_forgotten(spool, batch_id)]
+    return [*ended, *(i for i in doomed if _remove_files(home, inbox, i)[0].total())]
+
+
+def _is_forgotten(spool: Spool, batch_id: str) -> bool:
+    try:
+        return spool.reason(batch_id).forgotten is not None
+    except BatchError:
+        return False
+
+
+def _leave_out_names(spool: Spool, batch_id: str, by: Forgotten | None) -> None:
+    """Write reason.json of a failed batch anew without the names its sender gave files; once is enough.
+
+    What failed at the door names files in its sentence, too; what failed while it was learnt does not.
+    """
+    if spool.find(batch_id) != "failed" or _is_forgotten(spool, batch_id):
+        return
+    directory = spool.path(batch_id)
+    try:
+        kept = spool.reason(batch_id)
+        was_learnt = (directory / BATCH_FILE).exists() and bool(spool.load(batch_id).attempts)
+    except BatchError:
+        kept, was_learnt = None, False
+    spool.fail(
+        Reason(
+            batch=batch_id,
+            reason=kept.reason if kept and was_learnt else "it was not taken in; what it named is forgotten",
+            what_to_do="nothing is left to do; drop the images again should they be wanted after all",
+            failed_at=kept.failed_at if kept else str(by and by.at),
+            details=kept.details if kept and was_learnt else [],
+            forgotten=by,
+        )
+    )
 
 
 def what_remains(home: Path, batch: Batch) -> list[str]:
@@ -94,12 +149,24 @@ def _erase(home: Path, inbox: Path, batch: Batch) -> tuple[Counter[str], list[st
         How many by place, and a sentence for each drop of another user that we may not remove.
     """
     spool = Spool(home)
-    directory = spool.path(batch.id)
-    exam = exam_dir(home, batch.id)
+    removed, stuck = _remove_files(home, inbox, batch.id)
+    if spool.find(batch.id) in AT_HAND:
+        assert batch.forgotten is not None, "only what is marked is erased"
+        reason = "its images were forgotten before it was learnt"
+        hint = f"{batch.forgotten.who} wanted it so; nothing is left to do"
+        by = {"failed_at": batch.forgotten.at, "forgotten": batch.forgotten}
+        spool.fail(Reason(batch=batch.id, reason=reason, what_to_do=hint, **by))
+    return removed, stuck
+
+
+def _remove_files(home: Path, inbox: Path, batch_id: str) -> tuple[Counter[str], list[str]]:
+    """As _erase; the batch stays where it is."""
+    directory = Spool(home).path(batch_id)
+    exam = exam_dir(home, batch_id)
     doomed = {
         "spool": [path for path in directory.iterdir() if path.name not in KEPT],
         "exams": [path for path in (exam, _hidden(exam)) if path.exists()],
-        "inbox": sorted(inbox.glob(f"{CLAIMED_PREFIX}{batch.id}*")),
+        "inbox": sorted(inbox.glob(f"{CLAIMED_PREFIX}{batch_id}*")),
     }
     removed, stuck = Counter(dict.fromkeys(doomed, 0)), list[str]()
     for place, paths in doomed.items():
@@ -113,11 +180,6 @@ def _erase(home: Path, inbox: Path, batch: Batch) -> tuple[Counter[str], list[st
                 stuck.append(f"{path} cannot be removed ({error.strerror}): its owner must do that")
                 continue
             removed[place] += count
-    if spool.find(batch.id) in AT_HAND:
-        assert batch.forgotten is not None, "only what is marked is erased"
-        reason = "its images were forgotten before it was learnt"
-        hint = f"{batch.forgotten.who} wanted it so; nothing is left to do"
-        spool.fail(Reason(batch=batch.id, reason=reason, what_to_do=hint, failed_at=batch.forgotten.at))
     return removed, stuck
 
 

@@ -253,7 +253,7 @@ def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Item:
         kind=kind,
         mark=mark,
         fingerprint=fingerprint,
-        quiet_since=before.quiet_since if before is not None and same else now,
+        quiet_since=min(before.quiet_since, now) if before is not None and same else now,
         arrived_ns=arrived_ns,
         why_empty=tell_passed_over(unusable) if unusable else "",
     )

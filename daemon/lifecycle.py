@@ -6,6 +6,7 @@ on.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -52,6 +53,7 @@ class _Job:
     parent: int
     worker: Worker
     progress: dict[str, Any] = field(default_factory=dict)
+    heard_at: float = field(default_factory=time.monotonic)  # no jump of the clock makes it look stuck
 
 
 class Lifecycle:
@@ -64,7 +66,7 @@ class Lifecycle:
         self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
         self._job: _Job | None = None
         self._standby = Standby(lambda: launch.make_command("standby"), publisher.home / STANDBY_LOG_NAME)
-        self._not_before: dict[str, float] = {}  # batch id → time of its next attempt
+        self._not_before: dict[str, tuple[float, float]] = {}  # batch id → since when it waits, until when
 
     @property
     def working(self) -> dict[str, Any] | None:
@@ -91,6 +93,7 @@ class Lifecycle:
         if job is None:
             return
         for message in job.worker.messages():
+            job.heard_at = time.monotonic()
             fields = {key: value for key, value in message.items() if key != "event"}
             if message["event"] == "phase":
                 job.progress = fields  # the steps of the phase before mean nothing in this one
@@ -100,6 +103,8 @@ class Lifecycle:
         if code is not None:
             self._job = None
             self._ended(job, code, now)
+        elif time.monotonic() - job.heard_at > self._publisher.config.learning.silent_seconds:
+            self._kill_silent(job, now)
         elif self._store.pin() is not None:
             self.interrupt(f"{attempts.RESTARTED}a version was pinned")
         elif self._store.current() != job.parent:
@@ -113,7 +118,8 @@ class Lifecycle:
             self._proceed(batch_id, now)
             return True
         for batch_id in self._spool.ids("queued"):
-            if self._not_before.get(batch_id, now) <= now:
+            since, until = self._not_before.get(batch_id, (now, now))
+            if not since <= now < until:  # due, or the clock was set back
                 self._take(batch_id)
                 return True
         return False
@@ -134,6 +140,10 @@ class Lifecycle:
             code = job.worker.stop(self._publisher.config.learning.stop_seconds, should_force)
             logs.log("worker stopped", batch=job.batch, code=code, outcome=outcome)
             self._spool.save(self._spool.load(job.batch).with_outcome(outcome))
+
+    def wait_no_longer(self, batch_id: str) -> None:
+        """An operator wants this batch tried at once, if it waits for its next attempt."""
+        self._not_before.pop(batch_id, None)
 
     def _take(self, batch_id: str) -> None:
         """From queued/ to work/, unless the same was published before: then straight to done/."""
@@ -223,6 +233,19 @@ class Lifecycle:
         elif self._publisher.look(job.batch).report_parent is None:
             self._failed(job.batch, "the worker ended well but left no readable report", now)
 
+    def _kill_silent(self, job: _Job, now: float) -> None:
+        """It said nothing for too long: a hung disk, a deadlock. It goes on from its checkpoint, as after a
+        crash.
+        """
+        limit, phase = self._publisher.config.learning.silent_seconds, job.progress.get("phase", "start")
+        self._job = None
+        job.worker.kill()
+        why = (
+            f"the worker said nothing for {limit:g} seconds (learning.silent_seconds) while in phase "
+            f"{phase!r}, and was killed"
+        )
+        self._failed(job.batch, why, now)
+
     def _blame_home(self, batch_id: str, why: str) -> NoReturn:
         """The batch stays in work/ and its attempt does not count: what is wrong would fail any other too.
 
@@ -255,7 +278,7 @@ class Lifecycle:
             self._give_up(batch_id, reason)
             return
         wait = attempts.wait_seconds(batch, self._publisher.config.attempts)
-        self._not_before[batch_id] = now + wait
+        self._not_before[batch_id] = now, now + wait
         self._spool.move(batch_id, "queued")
         self._tell("attempt_failed", logging.WARNING, batch=batch_id, why=why, next_attempt_seconds=wait)
 

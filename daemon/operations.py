@@ -7,6 +7,7 @@ from daemon.errors import DaemonError
 from daemon.forget import forget
 from daemon.publish import Publisher, Tell
 from daemon.requests import Answer, Request
+from daemon.retrying import discard, retry
 from deploy import space
 from deploy.errors import DeployError, StoreError
 from deploy.space import Freed
@@ -28,8 +29,8 @@ def apply(request: Request, publisher: Publisher) -> Answer:
             return _freed(request, space.thin(store, request.versions), tell, "thinned")
         if request.command == "prune":
             return _freed(request, space.prune(store, request.versions), tell, "pruned")
-        if request.command == "forget":
-            return _forget(request, publisher)
+        if (of_batch := _OF_BATCH.get(request.command)) is not None:
+            return of_batch(request, publisher)
     except (DeployError, DaemonError, OSError) as error:
         return Answer(exit_code=1, error=str(error))
     return Answer(exit_code=2, error=f"{request.command} is not done at once")
@@ -102,6 +103,22 @@ def _forget(request: Request, publisher: Publisher) -> Answer:
     counts = sum(found["images"].values())
     publisher.tell("forgotten", batch=batch_id, files=counts, who=request.who, why=request.why or None)
     return Answer(exit_code=0, result=found)
+
+
+def _retry(request: Request, publisher: Publisher) -> Answer:
+    found = retry(publisher, request.batch or "")
+    publisher.tell("retried", batch=request.batch, who=request.who, why=request.why or None)
+    return Answer(exit_code=0, result=found)
+
+
+def _discard(request: Request, publisher: Publisher) -> Answer:
+    found = discard(publisher, request.batch or "", who=request.who, why=request.why)
+    files = sum(found["images"].values())
+    publisher.tell("discarded", batch=request.batch, files=files, who=request.who, why=request.why or None)
+    return Answer(exit_code=0, result=found)
+
+
+_OF_BATCH = {"forget": _forget, "retry": _retry, "discard": _discard}
 
 
 def _live(store: VersionStore) -> int | None:

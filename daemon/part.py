@@ -36,7 +36,7 @@ class Part:
 
         Trouble with the disk or the home is expected; nothing is lost by it. Other errors pass.
         """
-        if now < self._rests_until:
+        if self._rests_until - self._rest_seconds <= now < self._rests_until:  # else the clock was set back
             return False
         try:
             result = work()

@@ -169,7 +169,9 @@ class Publisher:
         atomic.remove_tree(self.staging_dir(batch_id))
 
     def drop_staging(self, batch_id: str) -> None:
-        """Remove a staged version that no report vouches for."""
+        """Remove a staged version that no report vouches for, and files that were being written."""
+        for leftover in self.spool.path(batch_id).glob(f"*/{atomic.TEMPORARY_PREFIX}*"):
+            atomic.remove_tree(leftover)
         atomic.remove_tree(self.staging_dir(batch_id))
 
     def prune(self) -> None:

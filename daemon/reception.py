@@ -35,7 +35,7 @@ class Reception:
     def __init__(self, home: Path, config: Config, *, tell: Callable[..., None]) -> None:
         spool, store = Spool(home), VersionStore(home / "serving")
         self._tell = tell
-        self._next_scan = 0.0
+        self._next_scan = self._scanned_at = 0.0
         self.wake = threading.Event()
         self.should_stop: Callable[[], bool] = lambda: False
         self._intake = Intake(
@@ -75,8 +75,10 @@ class Reception:
         Raises:
             InboxError: the inbox cannot be read; says what to do.
         """
-        if now < self._next_scan and not self.wake.is_set():
+        was_set_back = now < self._scanned_at
+        if now < self._next_scan and not self.wake.is_set() and not was_set_back:
             return
+        self._scanned_at = now
         self.wake.clear()
         for event in self._intake.step(now):
             self._pass_on(event)

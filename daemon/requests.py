@@ -43,7 +43,9 @@ def _current_user() -> str:
         return f"uid {os.getuid()}"
 
 
-Command = Literal["rollback", "unpin", "promote", "revert", "thin", "rebuild", "prune", "forget"]
+Command = Literal[
+    "rollback", "unpin", "promote", "revert", "thin", "rebuild", "prune", "forget", "retry", "discard"
+]
 
 
 class Request(BaseModel):
@@ -51,7 +53,7 @@ class Request(BaseModel):
 
     Attributes:
         to: the version to go back to, to release, or to rebuild.
-        batch: the one to promote, to revert or to forget.
+        batch: the one to promote, to revert, to forget, to retry or to discard.
         versions: to thin or to prune.
         insist: revert even where an exam says that too much is lost.
         name: of its file, where a daemon read it from one.

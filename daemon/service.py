@@ -237,12 +237,19 @@ class Service:
 
     def _make_way(self, request: Request) -> Answer | None:
         """Before images are forgotten, whoever may be reading them stops; an answer where that cannot be."""
-        if request.command != "forget":
+        if request.command not in ("forget", "retry", "discard"):
             return None
         busy, working = self._reviser.working, self._lifecycle.working
-        if busy is not None and busy.get("batch") == request.batch:
-            why = f"`{busy['command']} {request.batch}` is under way: forget it when that has ended"
+        is_graded = request.command == "forget" and exam_dir(self._home, request.batch or "").is_dir()
+        if busy is not None and (busy.get("batch") == request.batch or is_graded):
+            under_way = f"`{busy['command']} {busy.get('batch') or busy.get('version')}`"
+            why = f"{under_way} is under way: {request.command} {request.batch} when that has ended"
             return Answer(exit_code=1, error=why)
+        if request.command == "retry":
+            self._lifecycle.wait_no_longer(request.batch or "")
+            self.reception.wake.set()
+        if request.command != "forget":
+            return None
         if working is not None and working["batch"] == request.batch:
             self._lifecycle.interrupt("its images were forgotten", should_force=lambda: True)
         elif working is not None and exam_dir(self._home, request.batch or "").is_dir():

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from daemon.batch import BATCH_FILE, Batch, read_batch, sequence
+from daemon.batch import BATCH_FILE, Batch, Forgotten, read_batch, sequence
 from daemon.errors import BatchError, DaemonError
 from daemon.split import History
 from deploy import atomic
@@ -39,6 +39,7 @@ class Reason(BaseModel):
     what_to_do: str
     failed_at: str  # UTC, ISO 8601
     details: list[str] = []
+    forgotten: Forgotten | None = None  # on whose word what was sent was removed
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Spool:
     def fail(self, reason: Reason) -> Path:
         """Write reason.json, then move the batch to failed/."""
         path = self.path(reason.batch) / REASON_FILE
-        atomic.write_file(path, (reason.model_dump_json(indent=1) + "\n").encode())
+        atomic.write_file(path, (reason.model_dump_json(indent=1, exclude_none=True) + "\n").encode())
         return self.move(reason.batch, "failed")
 
     def reason(self, batch: str) -> Reason:
