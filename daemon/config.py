@@ -136,6 +136,20 @@ class TritonConfig(Section):
     _repository = field_validator("repository")(check_absolute)
 
 
+class MetricsConfig(Section):
+    """Where Prometheus finds the daemon's metrics."""
+
+    port: int = Field(0, ge=0, le=65_535)  # on 127.0.0.1; 0: none
+    textfile: str = ""  # written for node_exporter; empty: none
+
+    @field_validator("textfile")
+    @classmethod
+    def _is_collected(cls, path: str) -> str:
+        if path and not (path.startswith("/") and path.endswith(".prom")):
+            raise ValueError("expected an absolute path that ends in .prom, which node_exporter looks for")
+        return path
+
+
 class LogConfig(Section):
     """What is written down."""
 
@@ -155,6 +169,7 @@ class Config(Section):
     signing: SigningConfig = SigningConfig()
     mirror: MirrorConfig = MirrorConfig()
     triton: TritonConfig = TritonConfig()
+    metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
 
     def inbox_dir(self, home: Path) -> Path:

@@ -15,6 +15,7 @@ from daemon.events import EventLog
 from daemon.exams import exam_dir
 from daemon.forget import finish_forgetting
 from daemon.lifecycle import Launch, Lifecycle
+from daemon.observers import Observers
 from daemon.part import Part
 from daemon.progress import View
 from daemon.publish import Publisher
@@ -25,12 +26,13 @@ from daemon.revision import LONG_COMMANDS, Reviser
 from daemon.sharing import Sharing, signer
 from daemon.spool import STATES, Spool
 from daemon.status import StatusFile, describe, is_full_disk, pin_fields
+from daemon.waits import Waits
 from deploy.errors import DeployError
 from deploy.store import VersionStore
 
 SWEEP_SECONDS = 600.0
 # The watcher sits on that folder; keys and targets of sharing are opened once.
-AFTER_RESTART = ("inbox.path", "learning.standby", "signing.", "mirror.", "triton.")
+AFTER_RESTART = ("inbox.path", "learning.standby", "signing.", "mirror.", "triton.", "metrics.")
 OUTCOMES = ("published", "held", "failed", "duplicate")
 
 
@@ -52,6 +54,7 @@ class Service:
         self._lifecycle = Lifecycle(self._publisher, launch)
         self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
         self._sharing = Sharing(home / "serving", config, self.tell)
+        self._observers, self._waits = Observers(home, config), Waits(self._spool)
         self._requests, self._inbox, self._learning, self._cleaning = (Part(self._explain) for _ in range(4))
         self._spreading = Part(self._explain)
         self._parts = (self._learning, self._inbox, self._requests, self._cleaning, self._spreading)
@@ -96,13 +99,13 @@ class Service:
         self._requests.attempt(self._execute_pending, now)
         if not self._is_recovered:
             self._learning.attempt(self._recover, now)
-            self._show()
+            self._show(now)
             return self._is_recovered
         self._inbox.attempt(lambda: self.reception.tick(now), now)
         is_busy = self._learning.attempt(lambda: self._learn(now), now)
         self._cleaning.attempt(lambda: self._sweep(now), now)
         self._spreading.attempt(self._sharing.tick, now)
-        self._show()
+        self._show(now)
         return is_busy
 
     def _execute_pending(self) -> None:
@@ -214,6 +217,7 @@ class Service:
                 logs.log("attempt not marked", level=logging.WARNING, why=self._explain(error))
         self._status.remove()
         self.tell("stopped")
+        self._observers.stop()
 
     def tell(self, event: str, level: int = logging.INFO, /, **fields: Any) -> None:
         """Say that something happened, to the log and to events.jsonl, after it is on disk."""
@@ -222,6 +226,7 @@ class Service:
             self._learning.forget()
             self.outcomes.append({"event": event, **fields})
         self._events.record(event, **fields)
+        self._observers.told(event, fields)
 
     def _execute(self, request: Request) -> Answer | None:
         if not self._is_recovered and request.command not in ("rollback", "unpin"):
@@ -254,7 +259,7 @@ class Service:
             self._sweep_at = now + SWEEP_SECONDS
             retention.sweep(self._home, self._config.retention, now)
 
-    def _show(self) -> None:
+    def _show(self, now: float) -> None:
         """Progress for people, status.json for programs."""
         working, revising = self._lifecycle.working, self._reviser.working
         if revising is not None:
@@ -277,7 +282,9 @@ class Service:
             "revising": self._reviser.working,
             "inbox": self.reception.problems,
             "trouble": self.trouble,
+            "oldest_at": self._waits.oldest_at(self.reception.arriving),
         }
+        self._observers.show(content, now)
         self._status.write(content, now_or_later=working is not None and "step" in working)
 
     def _state(self, *, is_pinned: bool) -> str:
