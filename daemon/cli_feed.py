@@ -79,7 +79,7 @@ def run(options: Options, *, once: bool) -> None:
     from daemon.progress import showing
 
     home, config = options.existing_home(), options.config()
-    with showing(config.log.level) as view:
+    with showing(config.log.level, config.log.format) as view:
         found = loop.run(home, config, config_path=options.config_path(), view=view, once=once)
     events = {outcome["event"] for outcome in found["outcomes"]}
     options.show(found, lambda: _say_outcomes(found, once=once))
@@ -116,7 +116,7 @@ def submit(
         options.show(document, lambda: click.echo(f"submitted {path} with id {identity}"))
         return
 
-    with showing(config.log.level) as view:
+    with showing(config.log.level, config.log.format) as view:
         outcome = wait_for(home, identity, view, earlier=earlier)
     options.show(outcome, lambda: _say_outcome(outcome))
     sys.exit({"failed": FAILED, "held": HELD}.get(outcome["event"], 0))

@@ -154,6 +154,7 @@ class LogConfig(Section):
     """What is written down."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "plain", "journal", "json"] = "auto"  # auto: journal where systemd reads it
     events_max_bytes: int = Field(10_000_000, ge=1000)
 
 

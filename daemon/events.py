@@ -55,7 +55,8 @@ class EventLog:
         try:
             self.append(event, **fields)
         except OSError as error:
-            logs.log("event not recorded", level=logging.WARNING, what=event, why=str(error))
+            about = {key: fields.get(key) for key in ("batch", "version")}
+            logs.log("event not recorded", level=logging.WARNING, what=event, **about, why=str(error))
             return False
         return True
 

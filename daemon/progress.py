@@ -110,14 +110,16 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def showing(level: str = "INFO") -> Iterator[View]:
-    """Set up log lines and a view for the length of one command; a bar only where stderr is a terminal."""
+def showing(level: str = "INFO", form: logs.Form = "auto") -> Iterator[View]:
+    """Set up log lines and a view for the length of one command.
+
+    A bar only where stderr is a terminal, and the lines are for people.
+    """
     console = Console(stderr=True)
-    view: View = BarView(console) if console.is_terminal else LineView()
-    handler: logging.Handler = (
-        _ConsoleHandler(console) if console.is_terminal else logging.StreamHandler(sys.stderr)
-    )
-    restore = logs.configure(handler, level)
+    has_bar = console.is_terminal and form in ("auto", "plain")
+    view: View = BarView(console) if has_bar else LineView()
+    handler: logging.Handler = _ConsoleHandler(console) if has_bar else logging.StreamHandler(sys.stderr)
+    restore = logs.configure(handler, level, form)
     try:
         yield view
     finally:

@@ -32,7 +32,7 @@ from deploy.store import VersionStore
 
 SWEEP_SECONDS = 600.0
 # The watcher sits on that folder; keys and targets of sharing are opened once.
-AFTER_RESTART = ("inbox.path", "learning.standby", "signing.", "mirror.", "triton.", "metrics.")
+AFTER_RESTART = ("inbox.path", "learning.standby", "signing.", "mirror.", "triton.", "metrics.", "log.format")
 OUTCOMES = ("published", "held", "failed", "duplicate")
 
 
@@ -55,8 +55,8 @@ class Service:
         self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
         self._sharing = Sharing(home / "serving", config, self.tell)
         self._observers, self._waits = Observers(home, config), Waits(self._spool)
-        self._requests, self._inbox, self._learning, self._cleaning = (Part(self._explain) for _ in range(4))
-        self._spreading = Part(self._explain)
+        self._requests, self._inbox, self._cleaning = (Part(self._explain) for _ in range(3))
+        self._learning, self._spreading = Part(self._explain, self._about_learning), Part(self._explain)
         self._parts = (self._learning, self._inbox, self._requests, self._cleaning, self._spreading)
         self._answers: dict[str, Answer] = {}  # of requests that were executed on a disk too full to say so
         self._is_recovered = False
@@ -134,6 +134,9 @@ class Service:
         if not waiting or not is_full_disk(error):
             return what
         return f"{what}; meanwhile {waiting} waits in {self._spool.state_dir('work')}"
+
+    def _about_learning(self) -> dict[str, Any]:
+        return {"batch": next(iter(self._spool.ids("work")), None)}
 
     @property
     def trouble(self) -> str | None:
@@ -273,6 +276,7 @@ class Service:
         except (OSError, DeployError):
             pin, live = None, None
         self._live = live
+        logs.stand(live=live)
         content = {
             "state": self._state(is_pinned=pin is not None),
             "live": live,
