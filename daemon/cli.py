@@ -34,7 +34,8 @@ COMMANDS = (
     *(cli_look.status, cli_look.versions, cli_look.show, cli_look.classes, cli_look.verify),
     *(cli_share.mirror, cli_share.pull, cli_share.triton, cli_share.sign),
     cli_serve.serve,
-    *(cli_steer.rollback, cli_steer.unpin, cli_steer.classify, cli_look.check_config),
+    *(cli_steer.rollback, cli_steer.unpin, cli_steer.pause, cli_steer.resume),
+    *(cli_steer.classify, cli_look.check_config),
     *(cli_history.promote, cli_history.revert, cli_history.forget),
     *(cli_history.thin, cli_history.rebuild, cli_history.prune),
 )

@@ -197,8 +197,8 @@ def _say_outcomes(found: dict[str, Any], *, once: bool) -> None:
     if found["signal"]:
         click.echo(f"stopped by {found['signal']}; what was begun goes on at the next start")
     elif once and not found["outcomes"]:
-        pinned = "a version is pinned; batches wait for `dynlora unpin`"
-        click.echo(pinned if found["pinned"] else "there was nothing to learn")
+        pinned = "a version is pinned; batches wait for `dynlora unpin`" if found["pinned"] else None
+        click.echo(pinned or found["rests"] or "there was nothing to learn")
 
 
 def _say_outcome(outcome: dict[str, Any]) -> None:

@@ -151,6 +151,8 @@ def _say_status(found: Mapping[str, Any]) -> None:
     if revising := found["revising"]:
         named = revising.get("batch") or f"version {revising.get('version')}"
         click.echo(f"ordered   {revising['command']} {named}: {revising.get('phase')}{_steps(revising)}")
+    if found["rests"]:
+        click.echo(f"resting   {found['rests']['why']}")
     if found["trouble"]:
         click.echo(f"trouble   {found['trouble']}")
     for state, content in found["batches"].items():

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from daemon.errors import ConfigError
+from daemon.windows import parse_window
 
 _OWN_FOLDERS = ("spool", "serving", "exams", "requests")
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -109,6 +110,23 @@ class AttemptsConfig(Section):
     backoff_seconds: float = Field(60.0, ge=0)
 
 
+class ScheduleConfig(Section):
+    """When batches may be learnt; they queue at other times."""
+
+    windows: list[str] = []  # wall-clock times such as "mon-fri 22:00-06:00"; none: always
+    max_versions_per_day: int = Field(0, ge=0)  # 0: as many as come
+
+    @field_validator("windows")
+    @classmethod
+    def _are_windows(cls, windows: list[str]) -> list[str]:
+        for text in windows:
+            try:
+                parse_window(text)
+            except ValueError as error:
+                raise ValueError(f"{text!r} is no window: {error}") from error
+        return windows
+
+
 class SigningConfig(Section):
     """Whether versions are signed when they are published."""
 
@@ -167,6 +185,7 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     retention: RetentionConfig = RetentionConfig()
     attempts: AttemptsConfig = AttemptsConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     signing: SigningConfig = SigningConfig()
     mirror: MirrorConfig = MirrorConfig()
     triton: TritonConfig = TritonConfig()

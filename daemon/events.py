@@ -55,7 +55,7 @@ class EventLog:
         try:
             self.append(event, **fields)
         except OSError as error:
-            about = {key: fields.get(key) for key in ("batch", "version")}
+            about: dict[str, Any] = {key: fields.get(key) for key in ("batch", "version")}
             logs.log("event not recorded", level=logging.WARNING, what=event, **about, why=str(error))
             return False
         return True

@@ -62,7 +62,7 @@ _FORMATTERS: dict[str, type[logging.Formatter]] = {
 
 def log(event: str, *, level: int = logging.INFO, exc_info: bool = False, **fields: Any) -> None:
     """Write one line. `event` is one or two words; what it is about goes into fields."""
-    told = _standing | fields
+    told = fields | {key: value for key, value in _standing.items() if key not in fields}
     logging.getLogger(LOGGER_NAME).log(level, event, extra={"fields": told}, exc_info=exc_info)
 
 

@@ -29,7 +29,7 @@ from deploy.manifest import Manifest
 from deploy.store import VersionStore
 
 OUTCOMES = ("published", "held", "failed", "duplicate")
-DAEMON_STATES = ("idle", "working", "waiting", "pinned", "paused")
+DAEMON_STATES = ("idle", "working", "waiting", "pinned", "paused", "resting")
 STAGES = ("load", "score", "train", "fold", "verify", "exam")
 _STAGE_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400)
 _LIFE_BUCKETS = (10, 30, 60, 120, 300, 900, 3600, 14_400, 86_400, 604_800)  # seconds; up to a week

@@ -43,7 +43,9 @@ def _current_user() -> str:
         return f"uid {os.getuid()}"
 
 
-Command = Literal["rollback", "unpin", "promote", "revert", "thin", "rebuild", "prune", "forget"]
+Command = Literal[
+    "rollback", "unpin", "pause", "resume", "promote", "revert", "thin", "rebuild", "prune", "forget"
+]
 
 
 class Request(BaseModel):

@@ -22,6 +22,7 @@ from daemon.publish import Publisher
 from daemon.reception import Reception
 from daemon.recovery import missing_events
 from daemon.requests import Answer, Request, execute_pending
+from daemon.rest import Resting
 from daemon.revision import LONG_COMMANDS, Reviser
 from daemon.sharing import Sharing, signer
 from daemon.spool import STATES, Spool
@@ -29,6 +30,7 @@ from daemon.status import StatusFile, describe, is_full_disk, pin_fields
 from daemon.waits import Waits
 from deploy.errors import DeployError
 from deploy.store import VersionStore
+from deploy.store_reader import Pin
 
 SWEEP_SECONDS = 600.0
 # The watcher sits on that folder; keys and targets of sharing are opened once.
@@ -55,6 +57,7 @@ class Service:
         self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
         self._sharing = Sharing(home / "serving", config, self.tell)
         self._observers, self._waits = Observers(home, config), Waits(self._spool)
+        self._resting = Resting(home, self._store)
         self._requests, self._inbox, self._cleaning = (Part(self._explain) for _ in range(3))
         self._learning, self._spreading = Part(self._explain, self._about_learning), Part(self._explain)
         self._parts = (self._learning, self._inbox, self._requests, self._cleaning, self._spreading)
@@ -115,12 +118,20 @@ class Service:
 
     def _learn(self, now: float) -> bool:
         self._lifecycle.observe(now)
-        if self._reviser.is_changing_live:
+        if self._reviser.is_changing_live or self._must_rest(now):
             return False
         is_busy = self._lifecycle.advance(now)
         if not is_busy:
             self._lifecycle.stand_by(now)
         return is_busy
+
+    def _must_rest(self, now: float) -> bool:
+        """Whether batches queue now; one that is being learnt stops at a checkpoint where that is meant."""
+        rest = self._resting.look(self._config.schedule, now)
+        if rest is not None and rest.interrupts:
+            self._pause_learning(rest.why)
+            self._lifecycle.dismiss_standby()
+        return rest is not None and self._lifecycle.working is None
 
     def _pause_learning(self, why: str) -> None:
         """The live version is about to change: a batch at work stops at a checkpoint."""
@@ -179,6 +190,8 @@ class Service:
         working = self._lifecycle.working
         if working is None:
             queued = len(self._spool.ids("queued"))
+            if self.why_rest:
+                return f"{queued} batches queued; {self.why_rest}"
             return f"{queued} batches queued" if queued else "idle"
         if "step" not in working:
             return f"batch {working['batch']}: {working.get('phase', 'start')}"
@@ -199,7 +212,13 @@ class Service:
     def _is_worked_off(self) -> bool:
         if self._lifecycle.working is not None or self._reviser.working is not None:
             return False
-        return self.is_pinned() or not (self._spool.ids("work") or self._spool.ids("queued"))
+        waits = self.is_pinned() or self._resting.rest is not None
+        return waits or not (self._spool.ids("work") or self._spool.ids("queued"))
+
+    @property
+    def why_rest(self) -> str | None:
+        """Why batches queue although nothing is wrong: paused, or not the time; None otherwise."""
+        return self._resting.rest.why if self._resting.rest else None
 
     def is_pinned(self) -> bool:
         """Whether an operator keeps new versions from being published."""
@@ -224,6 +243,7 @@ class Service:
 
     def tell(self, event: str, level: int = logging.INFO, /, **fields: Any) -> None:
         """Say that something happened, to the log and to events.jsonl, after it is on disk."""
+        self._look_at_store()
         logs.log(event, level=level, **fields)
         if event in OUTCOMES:
             self._learning.forget()
@@ -271,12 +291,7 @@ class Service:
             self._view.update(**working)
         else:
             self._view.clear()
-        try:
-            pin, live = self._store.pin(), self._store.current()
-        except (OSError, DeployError):
-            pin, live = None, None
-        self._live = live
-        logs.stand(live=live)
+        pin, live = self._look_at_store()
         content = {
             "state": self._state(is_pinned=pin is not None),
             "live": live,
@@ -286,15 +301,27 @@ class Service:
             "revising": self._reviser.working,
             "inbox": self.reception.problems,
             "trouble": self.trouble,
+            "rests": self._resting.rest.to_dict() if self._resting.rest else None,
             "oldest_at": self._waits.oldest_at(self.reception.arriving),
         }
         self._observers.show(content, now)
         self._status.write(content, now_or_later=working is not None and "step" in working)
+
+    def _look_at_store(self) -> tuple[Pin | None, int | None]:
+        try:
+            pin, self._live = self._store.pin(), self._store.current()
+        except (OSError, DeployError):
+            pin, self._live = None, None
+        logs.stand(live=self._live)
+        return pin, self._live
 
     def _state(self, *, is_pinned: bool) -> str:
         if self._learning.trouble or (self.trouble and self._lifecycle.working is None):
             return "waiting"
         if is_pinned:
             return "pinned"
-        is_busy = self._lifecycle.working is not None or self._reviser.working is not None
-        return "working" if is_busy else "idle"
+        if self._lifecycle.working is not None or self._reviser.working is not None:
+            return "working"
+        if self._resting.rest is not None:
+            return "paused" if self._resting.rest.reason == "paused" else "resting"
+        return "idle"

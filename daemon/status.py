@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from daemon.lock import holder
+from daemon.rest import Rest, read_pause
 from daemon.spool import Spool
+from daemon.waits import Waits
 from deploy import atomic
 from deploy.errors import StoreError
 from deploy.store import VersionStore
@@ -71,7 +73,14 @@ def snapshot(home: Path) -> dict[str, Any]:
     } | {"done": len(spool.ids("done"))}
     content["inbox"] = said.get("inbox", [])
     content["trouble"] = said.get("trouble")
+    content["rests"] = said.get("rests") or _paused(home)
+    content["oldest_at"] = said.get("oldest_at", Waits(spool).oldest_at())
     return content
+
+
+def _paused(home: Path) -> dict[str, Any] | None:
+    pause = read_pause(home)
+    return Rest("paused", pause.sentence).to_dict() if pause else None
 
 
 def live_version(store: VersionStore) -> dict[str, Any]:

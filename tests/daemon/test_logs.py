@@ -90,7 +90,7 @@ def test_standing_fields_are_in_every_line_until_taken_away(written):
     logs.log("queued", batch="c")
 
     assert [line.split(maxsplit=2)[2] for line in text().splitlines()] == [
-        "queued live=4 batch=b",
+        "queued batch=b live=4",
         "rolled_back live=2",
         "queued batch=c",
     ]

@@ -20,6 +20,7 @@ def test_json_lines_name_batch_and_version_wherever_they_apply(home):
     assert daemon.returncode == 1, err
     assert {line["batch"] for line in of_batches} == {"000001-cups", "000002-plates"}
     [published] = [line for line in lines if line["event"] == "published"]
-    assert published["version"] == 1
+    assert published["version"] == published["live"] == 1
+    assert {line["live"] for line in lines[: lines.index(published)]} == {0}
     assert [line["level"] for line in lines if line["event"] == "failed"] == ["error"]
-    assert {line["live"] for line in lines[lines.index(published) + 2 :]} == {1}
+    assert {line["live"] for line in lines[lines.index(published) :]} == {1}
