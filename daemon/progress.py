@@ -7,7 +7,7 @@ results.
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -87,7 +87,7 @@ class BarView:
             description=" ".join([*words, PHASES.get(phase, phase)]),
             total=fields.get("steps"),
             completed=fields.get("step", 0),
-            detail=_detail(fields),
+            detail="  ".join(figures(fields)),
         )
 
     def clear(self) -> None:
@@ -127,7 +127,8 @@ def showing(level: str = "INFO", form: logs.Form = "auto") -> Iterator[View]:
         restore()
 
 
-def _detail(fields: dict[str, Any]) -> str:
+def figures(fields: Mapping[str, Any]) -> list[str]:
+    """What is known of steps, loss, kept rank and the time left, in a few words each."""
     parts = []
     if fields.get("steps"):
         parts.append(f"{fields.get('step', 0)}/{fields['steps']}")
@@ -137,4 +138,4 @@ def _detail(fields: dict[str, Any]) -> str:
         parts.append(f"rank {fields['kept_rank']:g}")
     if fields.get("eta_seconds") is not None:
         parts.append(f"{fields['eta_seconds']:.0f} s left")
-    return "  ".join(parts)
+    return parts

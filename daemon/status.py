@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from daemon.events import EventLog
 from daemon.lock import holder
 from daemon.rest import Rest, read_pause
 from daemon.spool import Spool
@@ -22,6 +23,13 @@ from deploy.store import VersionStore
 from deploy.store_reader import Pin
 
 STATUS_NAME = "status.json"
+LAST_DECISIONS = 8
+DECISIONS = frozenset(
+    (
+        *("published", "held", "failed", "duplicate", "promoted", "reverted", "revert_refused"),
+        *("rolled_back", "unpinned", "paused", "resumed"),
+    )
+)
 MIN_SECONDS = 0.25  # between two writes
 
 
@@ -75,6 +83,8 @@ def snapshot(home: Path) -> dict[str, Any]:
     content["trouble"] = said.get("trouble")
     content["rests"] = said.get("rests") or _paused(home)
     content["oldest_at"] = said.get("oldest_at", Waits(spool).oldest_at())
+    decisions = [entry for entry in EventLog(home).tail() if entry["event"] in DECISIONS]
+    content["decisions"] = decisions[-LAST_DECISIONS:]
     return content
 
 
