@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -168,6 +169,33 @@ class MetricsConfig(Section):
         return path
 
 
+class HooksConfig(Section):
+    """Who is told what became of a batch."""
+
+    events: list[Literal["published", "held", "failed", "duplicate", "promoted", "reverted"]] = [
+        *("published", "held", "failed")
+    ]
+    command: list[str] = []  # program and arguments; gets the event on stdin
+    webhook: str = ""  # gets the event by POST
+    timeout_seconds: float = Field(30.0, gt=0, le=3600)
+    tries: int = Field(3, ge=1, le=10)
+
+    @field_validator("command")
+    @classmethod
+    def _names_a_program(cls, command: list[str]) -> list[str]:
+        if command and not command[0].startswith("/"):
+            raise ValueError("expected the program's absolute path and then each argument: a list")
+        return command
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_an_address(cls, webhook: str) -> str:
+        url = urlsplit(webhook)
+        if webhook and (url.scheme not in ("http", "https") or not url.hostname or url.username):
+            raise ValueError("expected http://… or https://… without a user name")
+        return webhook
+
+
 class LogConfig(Section):
     """What is written down."""
 
@@ -190,6 +218,7 @@ class Config(Section):
     mirror: MirrorConfig = MirrorConfig()
     triton: TritonConfig = TritonConfig()
     metrics: MetricsConfig = MetricsConfig()
+    hooks: HooksConfig = HooksConfig()
     log: LogConfig = LogConfig()
 
     def inbox_dir(self, home: Path) -> Path:

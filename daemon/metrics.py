@@ -55,6 +55,8 @@ class Metrics:
             self._batches.labels(outcome)  # a counter that is absent cannot be seen to rise
         for stage in STAGES:
             self._stages.labels(stage)
+        for outcome in ("done", "failed"):
+            self._hooks.labels(outcome)
 
     def _gauge(self, name: str, words: str, *labels: str) -> Gauge:
         return Gauge(f"dynlora_{name}", words, labels, registry=self.registry)
@@ -78,6 +80,8 @@ class Metrics:
         self._failures = Counter(
             "dynlora_attempts_failed", "Tries that failed and are made again.", registry=self.registry
         )
+        words = "Hooks that were called, by outcome."
+        self._hooks = Counter("dynlora_hooks", words, ["outcome"], registry=self.registry)
         self._steps = Counter("dynlora_train_steps", "Training steps.", registry=self.registry)
         self._stages = Histogram(
             "dynlora_stage_duration_seconds",
@@ -121,6 +125,8 @@ class Metrics:
             self._batches.labels(event).inc()
         if event == "adapting":
             self._attempts.inc()
+        if event in ("hook_done", "hook_failed"):
+            self._hooks.labels(event.removeprefix("hook_")).inc()
         if event == "attempt_failed":
             self._failures.inc()
         if event in ("published", "held"):

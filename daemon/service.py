@@ -56,7 +56,7 @@ class Service:
         self._lifecycle = Lifecycle(self._publisher, launch)
         self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
         self._sharing = Sharing(home / "serving", config, self.tell)
-        self._observers, self._waits = Observers(home, config), Waits(self._spool)
+        self._observers, self._waits = Observers(home, config, self.tell), Waits(self._spool)
         self._resting = Resting(home, self._store)
         self._requests, self._inbox, self._cleaning = (Part(self._explain) for _ in range(3))
         self._learning, self._spreading = Part(self._explain, self._about_learning), Part(self._explain)
@@ -166,6 +166,7 @@ class Service:
         self._config = config = config.model_copy(update={"inbox": inbox})
         self.reception.reconfigure(config)
         self._publisher.config = config
+        self._observers.reconfigure(config)
         self._events.max_bytes = config.log.events_max_bytes
         logs.set_level(config.log.level)
         self.tell("reloaded", changed=[key for key in changed if key not in late], after_restart=late)
@@ -200,7 +201,8 @@ class Service:
 
     def is_idle(self) -> bool:
         """Nothing is left to do: no drop on its way in, no batch to learn (or a pin keeps them waiting)."""
-        return self.reception.is_idle and self._is_worked_off() and self._sharing.is_done()
+        is_told = self._sharing.is_done() and self._observers.is_idle()
+        return is_told and self.reception.is_idle and self._is_worked_off()
 
     def why_stuck(self) -> str | None:
         """Why waiting will not help, in a sentence: trouble with learning, or trouble at the door and nothing
@@ -238,8 +240,8 @@ class Service:
             except OSError as error:  # the worker has ended; the next start marks its attempt
                 logs.log("attempt not marked", level=logging.WARNING, why=self._explain(error))
         self._status.remove()
-        self.tell("stopped")
         self._observers.stop()
+        self.tell("stopped")
 
     def tell(self, event: str, level: int = logging.INFO, /, **fields: Any) -> None:
         """Say that something happened, to the log and to events.jsonl, after it is on disk."""
