@@ -10,7 +10,7 @@ import pytest
 from tests.daemon.running.tiny_home import TinyHome
 from tests.deploy.server.chromium import PROGRAM, Chromium
 
-VOID = {"meta", "br", "img", "line", "rect", "circle", "polyline"}
+VOID = {"meta", "br", "img"}
 
 
 class Reader(HTMLParser):
