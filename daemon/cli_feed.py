@@ -79,7 +79,7 @@ def run(options: Options, *, once: bool) -> None:
     from daemon.progress import showing
 
     home, config = options.existing_home(), options.config()
-    with showing(config.log.level) as view:
+    with showing(config.log.level, config.log.format) as view:
         found = loop.run(home, config, config_path=options.config_path(), view=view, once=once)
     events = {outcome["event"] for outcome in found["outcomes"]}
     options.show(found, lambda: _say_outcomes(found, once=once))
@@ -116,7 +116,7 @@ def submit(
         options.show(document, lambda: click.echo(f"submitted {path} with id {identity}"))
         return
 
-    with showing(config.log.level) as view:
+    with showing(config.log.level, config.log.format) as view:
         outcome = wait_for(home, identity, view, earlier=earlier)
     options.show(outcome, lambda: _say_outcome(outcome))
     sys.exit({"failed": FAILED, "held": HELD}.get(outcome["event"], 0))
@@ -197,8 +197,8 @@ def _say_outcomes(found: dict[str, Any], *, once: bool) -> None:
     if found["signal"]:
         click.echo(f"stopped by {found['signal']}; what was begun goes on at the next start")
     elif once and not found["outcomes"]:
-        pinned = "a version is pinned; batches wait for `dynlora unpin`"
-        click.echo(pinned if found["pinned"] else "there was nothing to learn")
+        pinned = "a version is pinned; batches wait for `dynlora unpin`" if found["pinned"] else None
+        click.echo(pinned or found["rests"] or "there was nothing to learn")
 
 
 def _say_outcome(outcome: dict[str, Any]) -> None:

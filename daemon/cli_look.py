@@ -1,5 +1,7 @@
 """Commands that only look: status, versions, show, classes, verify, check-config."""
 
+import contextlib
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,16 @@ from deploy.manifest import Manifest
 
 
 @click.command()
+@click.option("--watch", is_flag=True, help="A page that follows what goes on, until Ctrl-C.")
 @common_options
 @pass_options
-def status(options: Options) -> None:
-    """Say what is going on: queue, batch at work, live version, pin."""
+def status(options: Options, *, watch: bool) -> None:
+    """Say what is going on: queue, batch at work, live version, pin, last decisions."""
     from daemon.status import snapshot
 
+    if watch:
+        _watch(options)
+        return
     found = snapshot(options.existing_home())
     options.show(found, lambda: _say_status(found))
 
@@ -139,6 +145,20 @@ def exam_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
+def _watch(options: Options) -> None:
+    from rich.console import Console
+
+    from daemon.board import watch
+
+    console = Console()
+    if options.as_json or not console.is_terminal:
+        raise click.UsageError(
+            "--watch draws on a terminal; programs follow events.jsonl, or ask --json again"
+        )
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(options.existing_home(), console)
+
+
 def _say_status(found: Mapping[str, Any]) -> None:
     daemon = f"running (pid {found['daemon']}), {found['state']}" if found["daemon"] else "not running"
     click.echo(f"daemon    {daemon}")
@@ -151,18 +171,27 @@ def _say_status(found: Mapping[str, Any]) -> None:
     if revising := found["revising"]:
         named = revising.get("batch") or f"version {revising.get('version')}"
         click.echo(f"ordered   {revising['command']} {named}: {revising.get('phase')}{_steps(revising)}")
+    if found["rests"]:
+        click.echo(f"resting   {found['rests']['why']}")
     if found["trouble"]:
         click.echo(f"trouble   {found['trouble']}")
     for state, content in found["batches"].items():
         names = ", ".join(content) if isinstance(content, list) else str(content)
         if names and names != "0":
             click.echo(f"{state:<9} {names}")
+    if found["oldest_at"] is not None:
+        from daemon.board import age
+
+        click.echo(f"oldest    has waited for {age(time.time() - found['oldest_at'])} to be learnt")
     for sentence in found["inbox"]:
         click.echo(f"inbox     {sentence}")
 
 
 def _steps(working: Mapping[str, Any]) -> str:
-    return f" {working['step']}/{working['steps']}" if working.get("steps") else ""
+    from daemon.progress import figures
+
+    found = figures(working)
+    return f" {', '.join(found)}" if found else ""
 
 
 def _say_versions(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Commands that steer or ask the live version: rollback, unpin, classify."""
+"""Commands that steer the daemon or ask the live version: rollback, unpin, pause, resume, classify."""
 
 import sys
 from pathlib import Path
@@ -45,6 +45,30 @@ def unpin(options: Options) -> None:
     # Named here, as for a roll-back: done twice, it must not release a pin that came later.
     result = _carry_out(options, Request(command="unpin", to=pinned_version(options.store())))
     sentence = f"released; version {result['live']} is live and the next one is built on it"
+    options.show(result, lambda: click.echo(sentence))
+
+
+@click.command()
+@click.option("--why", default="", help="A reason, told by `dynlora status` and the log.")
+@common_options
+@pass_options
+def pause(options: Options, *, why: str) -> None:
+    """Learn nothing until `resume`: batches queue, one at work stops at a checkpoint. Serving goes on."""
+    from daemon.requests import Request
+
+    result = _carry_out(options, Request(command="pause", why=why))
+    options.show(result, lambda: click.echo("paused; what is dropped queues until `dynlora resume`"))
+
+
+@click.command()
+@common_options
+@pass_options
+def resume(options: Options) -> None:
+    """End a pause; a batch at work goes on from its checkpoint."""
+    from daemon.requests import Request
+
+    result = _carry_out(options, Request(command="resume"))
+    sentence = "learning goes on" if result["was_paused"] else "nothing was paused"
     options.show(result, lambda: click.echo(sentence))
 
 

@@ -10,10 +10,12 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from daemon.errors import ConfigError
+from daemon.windows import parse_window
 
 _OWN_FOLDERS = ("spool", "serving", "exams", "requests")
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -111,6 +113,23 @@ class AttemptsConfig(Section):
     backoff_seconds: float = Field(60.0, ge=0)
 
 
+class ScheduleConfig(Section):
+    """When batches may be learnt; they queue at other times."""
+
+    windows: list[str] = []  # wall-clock times such as "mon-fri 22:00-06:00"; none: always
+    max_versions_per_day: int = Field(0, ge=0)  # 0: as many as come
+
+    @field_validator("windows")
+    @classmethod
+    def _are_windows(cls, windows: list[str]) -> list[str]:
+        for text in windows:
+            try:
+                parse_window(text)
+            except ValueError as error:
+                raise ValueError(f"{text!r} is no window: {error}") from error
+        return windows
+
+
 class SigningConfig(Section):
     """Whether versions are signed when they are published."""
 
@@ -138,10 +157,52 @@ class TritonConfig(Section):
     _repository = field_validator("repository")(check_absolute)
 
 
+class MetricsConfig(Section):
+    """Where Prometheus finds the daemon's metrics."""
+
+    port: int = Field(0, ge=0, le=65_535)  # on 127.0.0.1; 0: none
+    textfile: str = ""  # written for node_exporter; empty: none
+
+    @field_validator("textfile")
+    @classmethod
+    def _is_collected(cls, path: str) -> str:
+        if path and not (path.startswith("/") and path.endswith(".prom")):
+            raise ValueError("expected an absolute path that ends in .prom, which node_exporter looks for")
+        return path
+
+
+class HooksConfig(Section):
+    """Who is told what became of a batch."""
+
+    events: list[Literal["published", "held", "failed", "duplicate", "promoted", "reverted"]] = [
+        *("published", "held", "failed")
+    ]
+    command: list[str] = []  # program and arguments; gets the event on stdin
+    webhook: str = ""  # gets the event by POST
+    timeout_seconds: float = Field(30.0, gt=0, le=3600)
+    tries: int = Field(3, ge=1, le=10)
+
+    @field_validator("command")
+    @classmethod
+    def _names_a_program(cls, command: list[str]) -> list[str]:
+        if command and not command[0].startswith("/"):
+            raise ValueError("expected the program's absolute path and then each argument: a list")
+        return command
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_an_address(cls, webhook: str) -> str:
+        url = urlsplit(webhook)
+        if webhook and (url.scheme not in ("http", "https") or not url.hostname or url.username):
+            raise ValueError("expected http://… or https://… without a user name")
+        return webhook
+
+
 class LogConfig(Section):
     """What is written down."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "plain", "journal", "json"] = "auto"  # auto: journal where systemd reads it
     events_max_bytes: int = Field(10_000_000, ge=1000)
 
 
@@ -154,9 +215,12 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     retention: RetentionConfig = RetentionConfig()
     attempts: AttemptsConfig = AttemptsConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     signing: SigningConfig = SigningConfig()
     mirror: MirrorConfig = MirrorConfig()
     triton: TritonConfig = TritonConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    hooks: HooksConfig = HooksConfig()
     log: LogConfig = LogConfig()
 
     def inbox_dir(self, home: Path) -> Path:

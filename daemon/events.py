@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class EventLog:
         try:
             self.append(event, **fields)
         except OSError as error:
-            logs.log("event not recorded", level=logging.WARNING, what=event, why=str(error))
+            about: dict[str, Any] = {key: fields.get(key) for key in ("batch", "version")}
+            logs.log("event not recorded", level=logging.WARNING, what=event, **about, why=str(error))
             return False
         return True
 
@@ -63,6 +64,18 @@ class EventLog:
         """All events, rotated files first; lines that are not JSON objects are skipped."""
         rotated = sorted(self._path.parent.glob("events-*.jsonl"))
         return [entry for path in [*rotated, self._path] for entry in _entries(path)]
+
+    def tail(self, max_bytes: int = 1 << 18) -> list[dict[str, Any]]:
+        """The last events, oldest first, from no more than so much of the end of the log."""
+        paths = [*sorted(self._path.parent.glob("events-*.jsonl"))[-1:], self._path]
+        found: list[dict[str, Any]] = []
+        for path in reversed(paths):
+            lines = _last_lines(path, max_bytes)
+            found = [*_parsed(lines), *found]
+            max_bytes -= sum(map(len, lines))
+            if max_bytes <= 0:
+                break
+        return found
 
     def _make_fit(self) -> None:
         """End a torn last line, start a new file when this one has grown."""
@@ -82,9 +95,24 @@ class EventLog:
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_bytes().splitlines()
+        yield from _parsed(path.read_bytes().splitlines())
     except FileNotFoundError:
         return
+
+
+def _last_lines(path: Path, max_bytes: int) -> list[bytes]:
+    """The whole lines within the last bytes of a file; none where it is gone."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - max_bytes))
+            lines = file.read(max_bytes).splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return lines if size <= max_bytes else lines[1:]
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)

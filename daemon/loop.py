@@ -64,7 +64,8 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
     """Serve a home until a signal comes, or with `once` until nothing is left to do.
 
     Returns:
-        `outcomes`: what became of every batch that was finished; `signal`: what ended it, or None; `pinned`.
+        `outcomes`: what became of every batch that was finished; `signal`: what ended it, or None; `pinned`;
+        `rests`: why batches wait that could be learnt, or None.
 
     Raises:
         LockError: another daemon has this home.
@@ -112,7 +113,8 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
                     logs.log("stopping", signal=signals.name)
                 notifier.stopping(service.stop_seconds + STOP_MARGIN_SECONDS)
                 service.stop(lambda: signals.is_forced)
-        return {"outcomes": service.outcomes, "signal": signals.name, "pinned": service.is_pinned()}
+        found = {"outcomes": service.outcomes, "signal": signals.name, "pinned": service.is_pinned()}
+        return found | {"rests": service.why_rest}
 
 
 def _reload(service: Service, home: Path, config_path: Path | None, notifier: Notifier) -> None:

@@ -7,6 +7,7 @@ from daemon.errors import DaemonError
 from daemon.forget import forget
 from daemon.publish import Publisher, Tell
 from daemon.requests import Answer, Request
+from daemon.rest import Pause, read_pause, remove_pause, write_pause
 from daemon.retrying import discard, retry
 from deploy import space
 from deploy.errors import DeployError, StoreError
@@ -25,6 +26,8 @@ def apply(request: Request, publisher: Publisher) -> Answer:
             return _roll_back(request, store, tell)
         if request.command == "unpin":
             return _unpin(request, store, tell)
+        if request.command in ("pause", "resume"):
+            return _pause_or_resume(request, publisher)
         if request.command == "thin":
             return _freed(request, space.thin(store, request.versions), tell, "thinned")
         if request.command == "prune":
@@ -77,6 +80,19 @@ def _unpin(request: Request, store: VersionStore, tell: Tell) -> Answer:
         tell("unpinned", version=pin.version, who=request.who)
     released = request.to if pin is None else pin.version
     return Answer(exit_code=0, result={"unpinned": released, "live": _live(store)})
+
+
+def _pause_or_resume(request: Request, publisher: Publisher) -> Answer:
+    home, tell = publisher.home, publisher.tell
+    before = read_pause(home)
+    if request.command == "pause":
+        write_pause(home, Pause(who=request.who, why=request.why))
+        tell("paused", who=request.who, why=request.why or None)
+        return Answer(exit_code=0, result={"paused": True})
+    remove_pause(home)
+    if before is not None:  # else it was over before a crash kept that from being answered
+        tell("resumed", who=request.who)
+    return Answer(exit_code=0, result={"paused": False, "was_paused": before is not None})
 
 
 def _freed(request: Request, freed: Freed, tell: Tell, event: str) -> Answer:

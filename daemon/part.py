@@ -5,6 +5,7 @@ Knows nothing of what the part does. The clock comes from outside.
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from daemon import logs
 from daemon.errors import DaemonError
@@ -19,13 +20,16 @@ class Part:
 
     Args:
         explain: makes a sentence of an error.
+        about: fields for the log line that tells of trouble.
 
     Attributes:
         trouble: why this part does not go on at the moment, in a sentence; None when all is well.
     """
 
-    def __init__(self, explain: Callable[[Exception], str] = str) -> None:
-        self._explain = explain
+    def __init__(
+        self, explain: Callable[[Exception], str] = str, about: Callable[[], dict[str, Any]] = dict
+    ) -> None:
+        self._explain, self._about = explain, about
         self._rests_until = 0.0
         self._rest_seconds = TROUBLE_SECONDS
         self._last: str | None = None  # kept when the trouble seems over, until something else happens
@@ -53,7 +57,8 @@ class Part:
             self._rest_seconds = min(2 * self._rest_seconds, TROUBLE_SECONDS_AT_MOST)
         else:
             self._rest_seconds = TROUBLE_SECONDS
-            logs.log("trouble", level=logging.ERROR, why=why, next_try_seconds=self._rest_seconds)
+            wait = self._rest_seconds
+            logs.log("trouble", level=logging.ERROR, **self._about(), why=why, next_try_seconds=wait)
         self._rests_until = now + self._rest_seconds
         self.trouble = self._last = why
 

@@ -7,7 +7,7 @@ results.
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -87,7 +87,7 @@ class BarView:
             description=" ".join([*words, PHASES.get(phase, phase)]),
             total=fields.get("steps"),
             completed=fields.get("step", 0),
-            detail=_detail(fields),
+            detail="  ".join(figures(fields)),
         )
 
     def clear(self) -> None:
@@ -110,14 +110,16 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def showing(level: str = "INFO") -> Iterator[View]:
-    """Set up log lines and a view for the length of one command; a bar only where stderr is a terminal."""
+def showing(level: str = "INFO", form: logs.Form = "auto") -> Iterator[View]:
+    """Set up log lines and a view for the length of one command.
+
+    A bar only where stderr is a terminal, and the lines are for people.
+    """
     console = Console(stderr=True)
-    view: View = BarView(console) if console.is_terminal else LineView()
-    handler: logging.Handler = (
-        _ConsoleHandler(console) if console.is_terminal else logging.StreamHandler(sys.stderr)
-    )
-    restore = logs.configure(handler, level)
+    has_bar = console.is_terminal and form in ("auto", "plain")
+    view: View = BarView(console) if has_bar else LineView()
+    handler: logging.Handler = _ConsoleHandler(console) if has_bar else logging.StreamHandler(sys.stderr)
+    restore = logs.configure(handler, level, form)
     try:
         yield view
     finally:
@@ -125,7 +127,8 @@ def showing(level: str = "INFO") -> Iterator[View]:
         restore()
 
 
-def _detail(fields: dict[str, Any]) -> str:
+def figures(fields: Mapping[str, Any]) -> list[str]:
+    """What is known of steps, loss, kept rank and the time left, in a few words each."""
     parts = []
     if fields.get("steps"):
         parts.append(f"{fields.get('step', 0)}/{fields['steps']}")
@@ -135,4 +138,4 @@ def _detail(fields: dict[str, Any]) -> str:
         parts.append(f"rank {fields['kept_rank']:g}")
     if fields.get("eta_seconds") is not None:
         parts.append(f"{fields['eta_seconds']:.0f} s left")
-    return "  ".join(parts)
+    return parts

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from daemon.compose import Known, KnownClass
 from daemon.config import Config
+from daemon.inbox import Item
 from daemon.intake import Intake, IntakeEvent
 from daemon.spool import Spool
 from deploy.manifest import load_classes
@@ -88,6 +89,11 @@ class Reception:
     def is_idle(self) -> bool:
         """Whether the inbox has been looked at and nothing in it is on its way in."""
         return self._next_scan > 0 and not self.wake.is_set() and self._intake.is_idle
+
+    @property
+    def arriving(self) -> tuple[Item, ...]:
+        """What lies in the inbox on its way in."""
+        return self._intake.scan.items
 
     @property
     def waits(self) -> str | None:

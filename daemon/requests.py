@@ -44,7 +44,18 @@ def _current_user() -> str:
 
 
 Command = Literal[
-    "rollback", "unpin", "promote", "revert", "thin", "rebuild", "prune", "forget", "retry", "discard"
+    "rollback",
+    "unpin",
+    "pause",
+    "resume",
+    "promote",
+    "revert",
+    "thin",
+    "rebuild",
+    "prune",
+    "forget",
+    "retry",
+    "discard",
 ]
 
 

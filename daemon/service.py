@@ -15,22 +15,26 @@ from daemon.events import EventLog
 from daemon.exams import exam_dir
 from daemon.forget import finish_forgetting
 from daemon.lifecycle import Launch, Lifecycle
+from daemon.observers import Observers
 from daemon.part import Part
 from daemon.progress import View
 from daemon.publish import Publisher
 from daemon.reception import Reception
 from daemon.recovery import missing_events
 from daemon.requests import Answer, Request, execute_pending
+from daemon.rest import Resting
 from daemon.revision import LONG_COMMANDS, Reviser
 from daemon.sharing import Sharing, signer
 from daemon.spool import STATES, Spool
 from daemon.status import StatusFile, describe, is_full_disk, pin_fields
+from daemon.waits import Waits
 from deploy.errors import DeployError
 from deploy.store import VersionStore
+from deploy.store_reader import Pin
 
 SWEEP_SECONDS = 600.0
 # The watcher sits on that folder; keys and targets of sharing are opened once.
-AFTER_RESTART = ("inbox.path", "learning.standby", "signing.", "mirror.", "triton.")
+AFTER_RESTART = ("inbox.path", "learning.standby", "signing.", "mirror.", "triton.", "metrics.", "log.format")
 OUTCOMES = ("published", "held", "failed", "duplicate")
 
 
@@ -52,8 +56,10 @@ class Service:
         self._lifecycle = Lifecycle(self._publisher, launch)
         self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
         self._sharing = Sharing(home / "serving", config, self.tell)
-        self._requests, self._inbox, self._learning, self._cleaning = (Part(self._explain) for _ in range(4))
-        self._spreading = Part(self._explain)
+        self._observers, self._waits = Observers(home, config, self.tell), Waits(self._spool)
+        self._resting = Resting(home, self._store)
+        self._requests, self._inbox, self._cleaning = (Part(self._explain) for _ in range(3))
+        self._learning, self._spreading = Part(self._explain, self._about_learning), Part(self._explain)
         self._parts = (self._learning, self._inbox, self._requests, self._cleaning, self._spreading)
         self._answers: dict[str, Answer] = {}  # of requests that were executed on a disk too full to say so
         self._is_recovered = False
@@ -96,13 +102,13 @@ class Service:
         self._requests.attempt(self._execute_pending, now)
         if not self._is_recovered:
             self._learning.attempt(self._recover, now)
-            self._show()
+            self._show(now)
             return self._is_recovered
         self._inbox.attempt(lambda: self.reception.tick(now), now)
         is_busy = self._learning.attempt(lambda: self._learn(now), now)
         self._cleaning.attempt(lambda: self._sweep(now), now)
         self._spreading.attempt(self._sharing.tick, now)
-        self._show()
+        self._show(now)
         return is_busy
 
     def _execute_pending(self) -> None:
@@ -112,12 +118,20 @@ class Service:
 
     def _learn(self, now: float) -> bool:
         self._lifecycle.observe(now)
-        if self._reviser.is_changing_live:
+        if self._reviser.is_changing_live or self._must_rest(now):
             return False
         is_busy = self._lifecycle.advance(now)
         if not is_busy:
             self._lifecycle.stand_by(now)
         return is_busy
+
+    def _must_rest(self, now: float) -> bool:
+        """Whether batches queue now; one that is being learnt stops at a checkpoint where that is meant."""
+        rest = self._resting.look(self._config.schedule, now)
+        if rest is not None and rest.interrupts:
+            self._pause_learning(rest.why)
+            self._lifecycle.dismiss_standby()
+        return rest is not None and self._lifecycle.working is None
 
     def _pause_learning(self, why: str) -> None:
         """The live version is about to change: a batch at work stops at a checkpoint."""
@@ -131,6 +145,9 @@ class Service:
         if not waiting or not is_full_disk(error):
             return what
         return f"{what}; meanwhile {waiting} waits in {self._spool.state_dir('work')}"
+
+    def _about_learning(self) -> dict[str, Any]:
+        return {"batch": next(iter(self._spool.ids("work")), None)}
 
     @property
     def trouble(self) -> str | None:
@@ -149,6 +166,7 @@ class Service:
         self._config = config = config.model_copy(update={"inbox": inbox})
         self.reception.reconfigure(config)
         self._publisher.config = config
+        self._observers.reconfigure(config)
         self._events.max_bytes = config.log.events_max_bytes
         logs.set_level(config.log.level)
         self.tell("reloaded", changed=[key for key in changed if key not in late], after_restart=late)
@@ -173,6 +191,8 @@ class Service:
         working = self._lifecycle.working
         if working is None:
             queued = len(self._spool.ids("queued"))
+            if self.why_rest:
+                return f"{queued} batches queued; {self.why_rest}"
             return f"{queued} batches queued" if queued else "idle"
         if "step" not in working:
             return f"batch {working['batch']}: {working.get('phase', 'start')}"
@@ -181,7 +201,8 @@ class Service:
 
     def is_idle(self) -> bool:
         """Nothing is left to do: no drop on its way in, no batch to learn (or a pin keeps them waiting)."""
-        return self.reception.is_idle and self._is_worked_off() and self._sharing.is_done()
+        is_told = self._sharing.is_done() and self._observers.is_idle()
+        return is_told and self.reception.is_idle and self._is_worked_off()
 
     def why_stuck(self) -> str | None:
         """Why waiting will not help, in a sentence: trouble with learning, or trouble at the door and nothing
@@ -193,7 +214,13 @@ class Service:
     def _is_worked_off(self) -> bool:
         if self._lifecycle.working is not None or self._reviser.working is not None:
             return False
-        return self.is_pinned() or not (self._spool.ids("work") or self._spool.ids("queued"))
+        waits = self.is_pinned() or self._resting.rest is not None
+        return waits or not (self._spool.ids("work") or self._spool.ids("queued"))
+
+    @property
+    def why_rest(self) -> str | None:
+        """Why batches queue although nothing is wrong: paused, or not the time; None otherwise."""
+        return self._resting.rest.why if self._resting.rest else None
 
     def is_pinned(self) -> bool:
         """Whether an operator keeps new versions from being published."""
@@ -213,15 +240,18 @@ class Service:
             except OSError as error:  # the worker has ended; the next start marks its attempt
                 logs.log("attempt not marked", level=logging.WARNING, why=self._explain(error))
         self._status.remove()
+        self._observers.stop()
         self.tell("stopped")
 
     def tell(self, event: str, level: int = logging.INFO, /, **fields: Any) -> None:
         """Say that something happened, to the log and to events.jsonl, after it is on disk."""
+        self._look_at_store()
         logs.log(event, level=level, **fields)
         if event in OUTCOMES:
             self._learning.forget()
             self.outcomes.append({"event": event, **fields})
         self._events.record(event, **fields)
+        self._observers.told(event, fields)
 
     def _execute(self, request: Request) -> Answer | None:
         if not self._is_recovered and request.command not in ("rollback", "unpin"):
@@ -261,7 +291,7 @@ class Service:
             self._sweep_at = now + SWEEP_SECONDS
             retention.sweep(self._home, self._config.retention, now)
 
-    def _show(self) -> None:
+    def _show(self, now: float) -> None:
         """Progress for people, status.json for programs."""
         working, revising = self._lifecycle.working, self._reviser.working
         if revising is not None:
@@ -270,11 +300,7 @@ class Service:
             self._view.update(**working)
         else:
             self._view.clear()
-        try:
-            pin, live = self._store.pin(), self._store.current()
-        except (OSError, DeployError):
-            pin, live = None, None
-        self._live = live
+        pin, live = self._look_at_store()
         content = {
             "state": self._state(is_pinned=pin is not None),
             "live": live,
@@ -284,13 +310,27 @@ class Service:
             "revising": self._reviser.working,
             "inbox": self.reception.problems,
             "trouble": self.trouble,
+            "rests": self._resting.rest.to_dict() if self._resting.rest else None,
+            "oldest_at": self._waits.oldest_at(self.reception.arriving),
         }
+        self._observers.show(content, now)
         self._status.write(content, now_or_later=working is not None and "step" in working)
+
+    def _look_at_store(self) -> tuple[Pin | None, int | None]:
+        try:
+            pin, self._live = self._store.pin(), self._store.current()
+        except (OSError, DeployError):
+            pin, self._live = None, None
+        logs.stand(live=self._live)
+        return pin, self._live
 
     def _state(self, *, is_pinned: bool) -> str:
         if self._learning.trouble or (self.trouble and self._lifecycle.working is None):
             return "waiting"
         if is_pinned:
             return "pinned"
-        is_busy = self._lifecycle.working is not None or self._reviser.working is not None
-        return "working" if is_busy else "idle"
+        if self._lifecycle.working is not None or self._reviser.working is not None:
+            return "working"
+        if self._resting.rest is not None:
+            return "paused" if self._resting.rest.reason == "paused" else "resting"
+        return "idle"

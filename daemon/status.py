@@ -12,14 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from daemon.events import EventLog
 from daemon.lock import holder
+from daemon.rest import Rest, read_pause
 from daemon.spool import Spool
+from daemon.waits import Waits
 from deploy import atomic
 from deploy.errors import StoreError
 from deploy.store import VersionStore
 from deploy.store_reader import Pin
 
 STATUS_NAME = "status.json"
+LAST_DECISIONS = 8
+DECISIONS = frozenset(
+    (
+        *("published", "held", "failed", "duplicate", "promoted", "reverted", "revert_refused"),
+        *("rolled_back", "unpinned", "paused", "resumed"),
+    )
+)
 MIN_SECONDS = 0.25  # between two writes
 
 
@@ -71,7 +81,16 @@ def snapshot(home: Path) -> dict[str, Any]:
     } | {"done": len(spool.ids("done"))}
     content["inbox"] = said.get("inbox", [])
     content["trouble"] = said.get("trouble")
+    content["rests"] = said.get("rests") or _paused(home)
+    content["oldest_at"] = said.get("oldest_at", Waits(spool).oldest_at())
+    decisions = [entry for entry in EventLog(home).tail() if entry["event"] in DECISIONS]
+    content["decisions"] = decisions[-LAST_DECISIONS:]
     return content
+
+
+def _paused(home: Path) -> dict[str, Any] | None:
+    pause = read_pause(home)
+    return Rest("paused", pause.sentence).to_dict() if pause else None
 
 
 def live_version(store: VersionStore) -> dict[str, Any]:
