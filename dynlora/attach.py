@@ -5,7 +5,7 @@ blocks have the attention of its ViT or of PVTv2. What stands before and between
 convolutions, stays as it is. Refused by name: other timm towers, ResNets, Hugging Face text towers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,13 +53,18 @@ class _Block:
 
 
 @contextmanager
-def attached(model: nn.Module, rank: int) -> Iterator[list[Site]]:
+def attached(
+    model: nn.Module, rank: int, *, only: Callable[[Site], bool] = lambda _: True
+) -> Iterator[list[Site]]:
     """Wrap all six matrices of every block of both towers; restore the model on leaving.
 
     Inside, the model's own parameters are frozen and only the yielded sites train.
 
+    Args:
+        only: which sites to yield; the others have an update of zero that nobody can change.
+
     Raises:
-        ModelError: a tower has blocks of a kind that is not covered.
+        ModelError: a tower has blocks of a kind that is not covered, or `only` leaves nothing.
     """
     blocks = _blocks(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -70,12 +75,24 @@ def attached(model: nn.Module, rank: int) -> Iterator[list[Site]]:
     try:
         for block in blocks:
             sites += _wrap(block, rank, undo)
-        yield sites
+        yield _chosen(sites, only)
     finally:
         for parent, name, original in undo:
             setattr(parent, name, original)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _chosen(sites: list[Site], only: Callable[[Site], bool]) -> list[Site]:
+    chosen = [site for site in sites if only(site)]
+    if not chosen:
+        raise ModelError("no matrix of the model was chosen to be adapted; expected at least one")
+    for site in sites:
+        if site not in chosen:
+            site.lora.requires_grad_(False)
+            for parameter in site.lora.parameters():
+                parameter.zero_()
+    return chosen
 
 
 def check_supported(model: nn.Module) -> None:

@@ -25,7 +25,9 @@ CELLS_DIR = reporting.RESULTS_DIR / "stream"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parsed = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parsed = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parsed.add_argument("--data", type=Path, default=Path("../shared/data"))
     parsed.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parsed.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -79,7 +81,8 @@ def run(todo: list[tuple[str, int]], data: Path, folder: Path, setting: Setting)
         record = run_cell(clip, weights, name, params, seed=seed, stream=stream)
         _write(folder / f"{name}-{seed}.json", record | {"machine": where})
         print(
-            f"cell {number} of {len(todo)}: {name}, seed {seed}, {time.monotonic() - started:.0f} s", flush=True
+            f"cell {number} of {len(todo)}: {name}, seed {seed}, {time.monotonic() - started:.0f} s",
+            flush=True,
         )
         report.write(folder, setting)
 
@@ -92,5 +95,4 @@ def _write(path: Path, content: dict) -> None:
 
 
 if __name__ == "__main__":
-
     main()

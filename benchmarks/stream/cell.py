@@ -167,9 +167,7 @@ class Stream:
     def ask_probes(self, clip: Clip) -> dict[str, float]:
         """Per cent of each pack that is never learnt, among its own names."""
         asked = (exams.ask(clip)["own"] for exams in self._probes)
-        return {
-            pack.path.stem: accuracies(right)[0] for pack, right in zip(self.probes, asked, strict=True)
-        }
+        return {pack.path.stem: accuracies(right)[0] for pack, right in zip(self.probes, asked, strict=True)}
 
 
 def as_taught(learner: Method, drops: list[Drop]) -> list[Drop]:

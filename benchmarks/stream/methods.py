@@ -88,7 +88,9 @@ def ends(losses: list[float]) -> tuple[float, float]:
 
 def plain_lora(rank: int) -> LowRank:
     """LoRA with the published loss and no threshold: gates start at 1, are trained and never pruned."""
-    base = replace(preset("paper"), rank=rank, random_importance=False, dense_fraction=1.0, betas=(0.9, 0.999))
+    base = replace(
+        preset("paper"), rank=rank, random_importance=False, dense_fraction=1.0, betas=(0.9, 0.999)
+    )
     grid = tuple({"learning_rate": rate} for rate in (5e-4, 2e-3, 5e-3))
     return LowRank(f"lora-{rank}", grid, lambda params: replace(base, **params))
 

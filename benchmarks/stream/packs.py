@@ -91,7 +91,9 @@ def drops_of(packs: list[Pack], train: list[Images], *, one_class: bool) -> list
     drops: list[Drop] = []
     known: dict[str, Name] = {}
     for stage, (pack, images) in enumerate(zip(packs, train, strict=True)):
-        groups = [[index] for index in range(len(pack.classes))] if one_class else [[*range(len(pack.classes))]]
+        groups = (
+            [[index] for index in range(len(pack.classes))] if one_class else [[*range(len(pack.classes))]]
+        )
         for group in groups:
             rows = torch.isin(images.labels, torch.tensor(group))
             classes = [Name(pack.classes[index]) for index in group]

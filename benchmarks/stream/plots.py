@@ -7,7 +7,7 @@ import matplotlib as mpl
 import numpy as np
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - after the choice of a backend without a screen
+from matplotlib import pyplot as plt
 
 
 def draw(cells: list[dict[str, Any]], path: Path) -> None:

@@ -111,7 +111,10 @@ def text(result: dict[str, Any], cells: list[dict[str, Any]]) -> str:
     )
     main = [
         ("seeds", lambda m: " ".join(map(str, result["seeds"][m]))),
-        *((k, _cell(result, f"union_{k}")) for k in ("transfer", "average", "last", "forgetting", "backward")),
+        *(
+            (k, _cell(result, f"union_{k}"))
+            for k in ("transfer", "average", "last", "forgetting", "backward")
+        ),
         ("negative flips", _cell(result, "negative_flips")),
         *((f"own {k}", _cell(result, f"own_{k}")) for k in ("transfer", "average", "last")),
     ]
@@ -123,10 +126,17 @@ def text(result: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         ("seconds", _cell(result, "seconds")),
         ("added parameters", _cell(result, "added_parameters")),
     ]
-    parts = [intro, "## Learning, among the names of all tasks (own: of the image's task)", _table(names, main)]
+    parts = [
+        intro,
+        "## Learning, among the names of all tasks (own: of the image's task)",
+        _table(names, main),
+    ]
     parts += ["## Keeping, and what it cost", _table(names, kept)]
     if result["paired"]:
-        parts += [f"## {REFERENCE} minus the method, paired by seed (± standard error)", _paired(result, names)]
+        parts += [
+            f"## {REFERENCE} minus the method, paired by seed (± standard error)",
+            _paired(result, names),
+        ]
     parts += ["## Settings tried, on held-out training images", _grids(result["tuning"], names)]
     for name in names:
         cell = next(c for c in cells if c["method"] == name)

@@ -116,7 +116,7 @@ class L2(FullTuning):
     def restraint(
         self, images: Tensor, texts: Tensor, chosen: Tensor, weights: dict[str, Tensor], params: Params
     ) -> Tensor:
-        """weight · ‖θ − θ_start‖²."""
+        """Weight · ‖θ − θ_start‖²."""
         del images, texts, chosen
         distance = sum((weight - self.start[name]).square().sum() for name, weight in weights.items())
         return params["weight"] * distance  # type: ignore[return-value]

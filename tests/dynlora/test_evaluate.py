@@ -49,7 +49,11 @@ def test_flips_account_for_the_whole_change_in_accuracy(triple):
     assert evaluate.negative_flip_rate(before, after, truth) == lost / len(truth)
 
 
-@given(st.integers(2, 8).flatmap(lambda n: st.tuples(*[hnp.arrays(np.float64, n, elements=st.floats(0, 100))] * 2)))
+@given(
+    st.integers(2, 8).flatmap(
+        lambda n: st.tuples(*[hnp.arrays(np.float64, n, elements=st.floats(0, 100))] * 2)
+    )
+)
 def test_a_paired_difference_changes_sign_with_its_sides(pair):
     """Ours minus theirs is the opposite of theirs minus ours, with the same error."""
     mean, error = evaluate.paired_difference(*pair)
