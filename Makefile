@@ -42,6 +42,7 @@ bench: $(STAMP)  ## measure on the full image packs of ../shared/data
 	$(BIN)/python -m benchmarks.swap
 	$(BIN)/python -m benchmarks.sessions
 	$(BIN)/python -m benchmarks.native_inbox
+	$(BIN)/python -m benchmarks.stream
 
 clean:  ## remove .venv, caches and the demo's home
 	rm -rf $(VENV) demo-home build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Ten tasks one after the other on the bundled model: what is learnt, what is kept, method by method.
 
-    python -m benchmarks.stream [--methods default paper …] [--seeds 0 1 …] [--shots 16] [--one-class] [--quick]
+    python -m benchmarks.stream [--methods default paper …] [--seeds 0 1 …] [--one-class] [--quick]
 
 Every (method, seed, setting) is a file in benchmarks/results/stream; what is there already is not run again,
 so the command can be stopped at any time. The report is written anew after each cell:

@@ -20,7 +20,7 @@ def home(version_dir, tmp_path_factory):
 
     home = tmp_path_factory.mktemp("analyze") / "home"
     create_home(home)
-    shutil.copytree(version_dir, home / "serving", symlinks=True, dirs_exist_ok=True)
+    shutil.copytree(version_dir.parent.parent, home / "serving", symlinks=True, dirs_exist_ok=True)
     (home / "config.toml").write_text('[learning]\npreset = "paper"\nthreads = 1\n')
     return home
 
