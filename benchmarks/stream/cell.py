@@ -5,6 +5,7 @@ The test split is read by `Exams`, once, and asked after each task; tuning asks 
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.stream.methods import Budget, Method, Params, method
-from benchmarks.stream.packs import Drop, Images, Pack, drops_of, union_names
+from benchmarks.stream.packs import Asked, Drop, Labelled, Pack, Source, drops_of, union_names
 from dynlora import Clip, Name, Task
 from dynlora.prompts import encode_text, tokenize
 
@@ -30,7 +31,7 @@ class Setting:
     shots: int
     steps: int
     batch_size: int
-    test_per_class: int
+    test_per_class: int | None  # None: all
     one_class: bool = False
     class_steps: int = 20  # of each drop of one class
 
@@ -38,7 +39,7 @@ class Setting:
     def name(self) -> str:
         """For file names."""
         kind = f"classes{self.class_steps}" if self.one_class else "tasks"
-        return f"{kind}-{self.shots}shots-{self.steps}x{self.batch_size}-test{self.test_per_class}"
+        return f"{kind}-{self.shots}shots-{self.steps}x{self.batch_size}-test{self.test_per_class or 'all'}"
 
     @property
     def budget(self) -> Budget:
@@ -49,10 +50,12 @@ class Setting:
 class Exams:
     """Images of several packs and the names to choose among: all of them together, or the pack's own."""
 
-    def __init__(self, clip: Clip, packs: list[Pack], images: list[Images], names: list[str]) -> None:
+    def __init__(
+        self, clip: Clip, packs: Sequence[Labelled], images: Sequence[Asked], names: Sequence[Name]
+    ) -> None:
         self.images = images
-        self.prompts = tokenize(clip, names)
-        place = {name: index for index, name in enumerate(names)}
+        self.prompts = tokenize(clip, [n.name for n in names], [n.template for n in names])
+        place = {name.name: index for index, name in enumerate(names)}
         self.columns = [torch.tensor([place[name] for name in pack.classes]) for pack in packs]
 
     def ask(self, clip: Clip) -> dict[str, list[Tensor]]:
@@ -61,8 +64,8 @@ class Exams:
         with torch.inference_mode():
             texts = encode_text(clip.model, self.prompts)
             for images, columns in zip(self.images, self.columns, strict=True):
-                parts = torch.split(images.pixels, 256)
-                embeddings = torch.cat([F.normalize(clip.model.visual(part), dim=-1) for part in parts])  # type: ignore[operator]
+                parts = [F.normalize(clip.model.visual(part), dim=-1) for part in images.parts(256)]  # type: ignore[operator]
+                embeddings = torch.cat(parts)
                 similar = embeddings @ texts.T
                 right["own"].append(similar[:, columns].argmax(1) == images.labels)
                 right["union"].append(similar.argmax(1) == columns[images.labels])
@@ -156,12 +159,14 @@ def run_cell(
 class Stream:
     """Packs, probes and their test images, loaded once for all cells."""
 
-    def __init__(self, clip: Clip, packs: list[Pack], probes: list[Pack], setting: Setting) -> None:
+    def __init__(
+        self, clip: Clip, packs: Sequence[Source], probes: Sequence[Source], setting: Setting
+    ) -> None:
         self.packs, self.probes, self.setting = packs, probes, setting
         test = [pack.test(setting.test_per_class) for pack in packs]
         self.exams = Exams(clip, packs, test, union_names(packs))
         self._probes = [
-            Exams(clip, [pack], [pack.test(setting.test_per_class)], pack.classes) for pack in probes
+            Exams(clip, [pack], [pack.test(setting.test_per_class)], union_names([pack])) for pack in probes
         ]
 
     def ask_probes(self, clip: Clip) -> dict[str, float]:
@@ -174,12 +179,13 @@ def as_taught(learner: Method, drops: list[Drop]) -> list[Drop]:
     """The drops, or for joint training all of them in one."""
     if not learner.is_joint:
         return drops
+    classes = {c.name: c for drop in reversed(drops) for c in drop.task.classes}
     names = list(dict.fromkeys(c.name for drop in drops for c in drop.task.classes))
     labels = [
         torch.tensor([names.index(c.name) for c in drop.task.classes])[drop.task.labels] for drop in drops
     ]
     task = Task(
-        [Name(name) for name in names], torch.cat([drop.task.pixels for drop in drops]), torch.cat(labels)
+        [classes[name] for name in names], torch.cat([drop.task.pixels for drop in drops]), torch.cat(labels)
     )
     return [Drop(drops[-1].stage, task)]
 

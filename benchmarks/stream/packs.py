@@ -6,8 +6,10 @@ which are held out to tune on, follows from the seed; neither ever holds an imag
 
 import sys
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from deploy.decode import decode_image
 from deploy.preprocess import Preprocessing
+from dynlora.prompts import DEFAULT_TEMPLATE
 from dynlora.task import Name, Task
 
 STREAM = (
@@ -39,9 +42,45 @@ class Images:
     pixels: Tensor
     labels: Tensor
 
+    def parts(self, size: int) -> Iterator[Tensor]:
+        """The pixels, so many at a time."""
+        yield from torch.split(self.pixels, size)
+
+
+class Asked(Protocol):
+    """Images that are asked about, in memory or decoded each time."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 into the pack's classes."""
+
+    def parts(self, size: int) -> Iterator[Tensor]:
+        """The pixels, so many at a time."""
+
+
+class Labelled(Protocol):
+    """What has classes and a prompt template: a pack, or a data set in its own layout."""
+
+    classes: list[str]
+    template: str
+
+
+class Source(Labelled, Protocol):
+    """What a stream is made of."""
+
+    path: Path
+
+    def train(self, seed: int, *, shots: int, held_out: int) -> tuple[Images, Images]:
+        """Training images in memory, and others to tune on."""
+
+    def test(self, per_class: int | None = None) -> Asked:
+        """The test split, or some of it."""
+
 
 class Pack:
     """One zip of `<split>/<class>/<file>`; classes in alphabetical order."""
+
+    template = DEFAULT_TEMPLATE
 
     def __init__(self, path: Path, preprocessing: Preprocessing) -> None:
         self.path, self.preprocessing = path, preprocessing
@@ -86,7 +125,7 @@ class Drop:
     task: Task
 
 
-def drops_of(packs: list[Pack], train: list[Images], *, one_class: bool) -> list[Drop]:
+def drops_of(packs: Sequence[Labelled], train: Sequence[Images], *, one_class: bool) -> list[Drop]:
     """The stream in order; each task knows the names of those before it."""
     drops: list[Drop] = []
     known: dict[str, Name] = {}
@@ -96,7 +135,7 @@ def drops_of(packs: list[Pack], train: list[Images], *, one_class: bool) -> list
         )
         for group in groups:
             rows = torch.isin(images.labels, torch.tensor(group))
-            classes = [Name(pack.classes[index]) for index in group]
+            classes = [Name(pack.classes[index], pack.template) for index in group]
             own = {c.name for c in classes}
             labels = images.labels[rows] - group[0]
             task = Task(
@@ -107,6 +146,10 @@ def drops_of(packs: list[Pack], train: list[Images], *, one_class: bool) -> list
     return drops
 
 
-def union_names(packs: list[Pack]) -> list[str]:
-    """Every class name of the stream once, in the order of the stream."""
-    return list(dict.fromkeys(name for pack in packs for name in pack.classes))
+def union_names(packs: Sequence[Labelled]) -> list[Name]:
+    """Every class name once, in the order of the stream and with the template of its first pack."""
+    found: dict[str, Name] = {}
+    for pack in packs:
+        for name in pack.classes:
+            found.setdefault(name, Name(name, pack.template))
+    return list(found.values())

@@ -146,7 +146,9 @@ def test_one_class_drops_bring_every_class_alone_and_know_the_earlier_ones(packs
     train = [pack.train(0, shots=2, held_out=0)[0] for pack in packs]
     drops = drops_of(packs, train, one_class=True)
 
-    assert [[c.name for c in drop.task.classes] for drop in drops] == [[name] for name in union_names(packs)]
+    assert [[c.name for c in drop.task.classes] for drop in drops] == [
+        [name.name] for name in union_names(packs)
+    ]
     assert [drop.stage for drop in drops] == [0, 0, 1, 1]
     assert [len(drop.task.known) for drop in drops] == [0, 1, 2, 3]
     assert all(set(drop.task.labels.tolist()) == {0} for drop in drops)
