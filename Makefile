@@ -46,6 +46,7 @@ bench: $(STAMP)  ## measure on the full image packs of ../shared/data
 	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.native_inbox
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.stream
 
 clean:  ## remove .venv, caches and the demo's home
 	rm -rf $(VENV) demo-home build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

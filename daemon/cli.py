@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from daemon import (
+    cli_analyze,
     cli_feed,
     cli_history,
     cli_look,
@@ -38,6 +39,7 @@ COMMANDS = (
     cli_serve.serve,
     *(cli_steer.rollback, cli_steer.unpin, cli_steer.pause, cli_steer.resume),
     *(cli_steer.classify, cli_look.check_config),
+    cli_analyze.analyze,
     *(cli_history.promote, cli_history.revert, cli_history.forget),
     *(cli_history.retry, cli_history.discard),
     *(cli_history.thin, cli_history.rebuild, cli_history.prune),

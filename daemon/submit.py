@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,17 +100,28 @@ def check(path: Path, config: Config, known: Known | None = None) -> CheckReport
     """
     path = _submittable(path)
     try:
-        with tempfile.TemporaryDirectory(prefix="dynlora-check-") as room:
-            # The drop is seen as it would be in the spool: under source/, with what is unpacked beside it.
-            base = Path(room)
-            (base / SOURCE_DIR).symlink_to(path.parent)
-            layout = read_one(base / SOURCE_DIR / path.name, base / f"{UNPACKED_DIR}-1", config=config.inbox)
-            batch = compose(_claim_for(path), [layout], base=base, context=Context(config, known or Known()))
+        with looked_at(path, config, known) as (_, batch):
+            return _report(batch)
     except InboxError as error:
         return CheckReport({}, refused=str(error))
     except OSError as error:
         raise InboxError(f"{path} cannot be read: {error}; correct its rights") from error
-    return _report(batch)
+
+
+@contextmanager
+def looked_at(path: Path, config: Config, known: Known | None = None) -> Iterator[tuple[Path, Batch]]:
+    """A drop as the batch it would be, where it lies: each image is its `origin` under the yielded folder.
+
+    Raises:
+        InboxError: there is no such folder or archive, or it cannot be used.
+    """
+    path = _submittable(path)
+    with tempfile.TemporaryDirectory(prefix="dynlora-check-") as room:
+        # The drop is seen as it would be in the spool: under source/, with what is unpacked beside it.
+        base = Path(room)
+        (base / SOURCE_DIR).symlink_to(path.parent)
+        layout = read_one(base / SOURCE_DIR / path.name, base / f"{UNPACKED_DIR}-1", config=config.inbox)
+        yield base, compose(_claim_for(path), [layout], base=base, context=Context(config, known or Known()))
 
 
 def _report(batch: Batch) -> CheckReport:

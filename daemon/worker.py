@@ -9,6 +9,7 @@ it leaves is in the batch's directory and in the store's staging directory.
     python -m daemon.worker adapt --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker promote|revert --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker rebuild --home HOME --version N
+    python -m daemon.worker analyze --home HOME --source ID|PATH --ranks N,… --steps N --out DIR
     python -m daemon.worker standby     imports what is heavy, then waits for one of the above on stdin
 """
 
@@ -31,6 +32,7 @@ from daemon.supervisor import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 
 LOCK_NAME = "worker.lock"
 REBUILD_LOCK_NAME = "rebuild.lock"  # a rebuild needs little memory and goes on beside the others
+ANALYSIS_LOCK_NAME = "analysis.lock"  # an analysis only reads the home: learning need not wait for it
 _PR_SET_PDEATHSIG = 1
 _LOCK_WAIT_SECONDS = 60
 
@@ -89,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             with _alone(options.home, REBUILD_LOCK_NAME):
                 code = _rebuild(options, outlet)
         else:
-            with _alone(options.home, LOCK_NAME):
+            lock = ANALYSIS_LOCK_NAME if options.command == "analyze" else LOCK_NAME
+            with _alone(options.home, lock):
                 code = _run(options, outlet, stop)
     except ModuleNotFoundError as error:
         why = f"{error.name} is not installed; pip install 'dynlora[daemon]'"
@@ -118,6 +121,9 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
             found_store(options.home, options.model, options.pretrained, options.classes, outlet=outlet)
         elif options.command in ("promote", "revert"):
             _revise(options, outlet)
+            return EXIT_DONE
+        elif options.command == "analyze":
+            _analyze(options, outlet)
             return EXIT_DONE
         else:
             from daemon.adaptation import adapt_batch
@@ -148,6 +154,18 @@ def _revise(options: argparse.Namespace, outlet: Outlet) -> None:
     config = load_config(options.config, options.home)
     report = revise(options.home, options.command, options.batch, options.parent, config, outlet=outlet)
     outlet.say("result", report=report.model_dump(mode="json"))
+
+
+def _analyze(options: argparse.Namespace, outlet: Outlet) -> None:
+    from daemon.analysing import Wanted, analyze_batch
+    from daemon.config import load_config
+
+    ranks = [int(rank) for rank in options.ranks.split(",")]
+    wanted = Wanted(options.source, options.probe, ranks, options.steps, options.out)
+    config = load_config(options.config, options.home)
+    files = analyze_batch(options.home, wanted, config, outlet=outlet)
+    trials = json.loads(files[0].read_text(encoding="utf-8"))["trials"]
+    outlet.say("result", trials=trials, files=[str(file) for file in files])
 
 
 def _rebuild(options: argparse.Namespace, outlet: Outlet) -> int:
@@ -223,6 +241,14 @@ def _parser() -> argparse.ArgumentParser:
     rebuild = commands.add_parser("rebuild")
     rebuild.add_argument("--home", type=Path, required=True)
     rebuild.add_argument("--version", type=int, required=True)
+    analyze = commands.add_parser("analyze")
+    analyze.add_argument("--home", type=Path, required=True)
+    analyze.add_argument("--config", type=lambda text: Path(text) if text else None)
+    analyze.add_argument("--source", required=True)
+    analyze.add_argument("--probe", type=Path)
+    analyze.add_argument("--ranks", required=True)
+    analyze.add_argument("--steps", type=int, required=True)
+    analyze.add_argument("--out", type=Path, required=True)
     commands.add_parser("standby")
     return parser
 

@@ -1,6 +1,6 @@
 """Put a LoRA beside every weight matrix of both towers' blocks, and take them off again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,13 +33,18 @@ class Site:
 
 
 @contextmanager
-def attached(model: nn.Module, rank: int) -> Iterator[list[Site]]:
+def attached(
+    model: nn.Module, rank: int, *, only: Callable[[Site], bool] = lambda _: True
+) -> Iterator[list[Site]]:
     """Wrap every weight matrix of every block of both towers; restore the model on leaving.
 
     Inside, the model's own parameters are frozen and only the yielded sites train.
 
+    Args:
+        only: which sites to yield; the others have an update of zero that nobody can change.
+
     Raises:
-        ModelError: a tower has blocks of a kind that is not covered.
+        ModelError: a tower has blocks of a kind that is not covered, or `only` leaves nothing.
     """
     blocks = find_blocks(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -50,12 +55,24 @@ def attached(model: nn.Module, rank: int) -> Iterator[list[Site]]:
     try:
         for block in blocks:
             sites += _wrap(block, rank, undo)
-        yield sites
+        yield _chosen(sites, only)
     finally:
         for parent, name, original in reversed(undo):
             setattr(parent, name, original)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _chosen(sites: list[Site], only: Callable[[Site], bool]) -> list[Site]:
+    chosen = [site for site in sites if only(site)]
+    if not chosen:
+        raise ModelError("no matrix of the model was chosen to be adapted; expected at least one")
+    for site in sites:
+        if site not in chosen:
+            site.lora.requires_grad_(False)
+            for parameter in site.lora.parameters():
+                parameter.zero_()
+    return chosen
 
 
 def check_supported(model: nn.Module) -> None:

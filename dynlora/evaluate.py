@@ -54,3 +54,12 @@ def flips(before: Labels, after: Labels, truth: Labels) -> tuple[int, int]:
 def negative_flip_rate(before: Labels, after: Labels, truth: Labels) -> float:
     """Share of samples that were right before and are wrong after."""
     return flips(before, after, truth)[1] / len(truth)
+
+
+def paired_difference(ours: Matrix, theirs: Matrix) -> tuple[float, float]:
+    """Mean of ours − theirs over n pairs and its standard error; NaN for one pair, which shows no spread."""
+    assert ours.shape == theirs.shape and ours.ndim == 1 and len(ours), (ours.shape, theirs.shape)
+    differences = ours - theirs
+    n = len(differences)
+    error = float(differences.std(ddof=1)) / n**0.5 if n > 1 else float("nan")
+    return float(differences.mean()), error

@@ -77,9 +77,18 @@ class Adaptation:
 
 
 def adapt(
-    clip: Clip, task: Task, settings: Settings, *, seed: int = 0, hooks: Hooks | None = None
+    clip: Clip,
+    task: Task,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    hooks: Hooks | None = None,
+    only: Callable[[Site], bool] = lambda _: True,
 ) -> Adaptation:
     """Learn `task` and return the pruned update.
+
+    Args:
+        only: which matrices may be updated; all by default, as the method wants it.
 
     Raises:
         Interrupted: `hooks.should_stop` said so; a checkpoint was saved first.
@@ -88,7 +97,7 @@ def adapt(
     """
     hooks = hooks or Hooks()
     objective = build_objective(clip, task, settings, seed=seed)
-    with attach.attached(clip.model, settings.rank) as sites:
+    with attach.attached(clip.model, settings.rank, only=only) as sites:
         attach.reset(sites, seed=seed, random_importance=settings.random_importance)
         run = _Run(sites, objective, settings, steps=settings.steps_for(len(task.labels)), seed=seed)
         if hooks.resume_from is not None:

@@ -47,3 +47,26 @@ def test_flips_account_for_the_whole_change_in_accuracy(triple):
 
     assert (gained - lost) / len(truth) == pytest.approx(change)
     assert evaluate.negative_flip_rate(before, after, truth) == lost / len(truth)
+
+
+@given(
+    st.integers(2, 8).flatmap(
+        lambda n: st.tuples(*[hnp.arrays(np.float64, n, elements=st.floats(0, 100))] * 2)
+    )
+)
+def test_a_paired_difference_changes_sign_with_its_sides(pair):
+    """Ours minus theirs is the opposite of theirs minus ours, with the same error."""
+    mean, error = evaluate.paired_difference(*pair)
+    opposite, same_error = evaluate.paired_difference(*reversed(pair))
+
+    assert mean == pytest.approx(-opposite)
+    assert error == pytest.approx(same_error)
+    assert error >= 0
+
+
+def test_a_gain_that_every_seed_shows_alike_has_no_error_and_one_seed_has_no_spread():
+    """The standard error is of the differences, not of the seeds."""
+    ours, theirs = np.array([5.0, 9.0, 2.0]), np.array([4.0, 8.0, 1.0])
+
+    assert evaluate.paired_difference(ours, theirs) == (1.0, 0.0)
+    assert np.isnan(evaluate.paired_difference(ours[:1], theirs[:1])[1])

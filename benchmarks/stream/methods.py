@@ -1,0 +1,141 @@
+"""Every method behind one protocol: it is given a model and a task, and leaves the model with new weights.
+
+Methods that learn a low-rank update go through `dynlora.adapt`, the others are in `tuning.py`. All do the
+same number of steps on the same number of images, and choose among three settings on held-out training
+images. All leave the architecture as it is; what changes it (DIKI, C-ADA) is not here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dynlora import Adaptation, Clip, Hooks, Settings, Task, adapt, preset
+
+Params = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method may spend on one task."""
+
+    steps: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is known about one task's learning beside the new weights."""
+
+    losses: tuple[float, float]  # mean of the first and of the last tenth of the steps
+    kept_rank: float | None = None  # mean over matrices; None where updates have full rank
+
+
+class Method(Protocol):
+    """One way to learn a stream. Made anew for every run, so it may remember the model it started from."""
+
+    name: str
+    grid: tuple[Params, ...]
+    is_joint: bool  # learns all tasks at once: an upper bound, not a method of continual learning
+
+    def learn(self, clip: Clip, task: Task, budget: Budget, params: Params, *, seed: int) -> Lesson:
+        """Learn the task; the model's weights are changed in place."""
+
+
+class ZeroShot:
+    """The model as it is."""
+
+    name, is_joint = "zero-shot", False
+    grid: tuple[Params, ...] = ({},)
+
+    def learn(self, *_: Any, **__: Any) -> Lesson:
+        """Nothing."""
+        return Lesson((0.0, 0.0), 0.0)
+
+
+class LowRank:
+    """Settings for `dynlora.adapt`; the update is added to the weights after each task."""
+
+    is_joint = False
+
+    def __init__(self, name: str, grid: tuple[Params, ...], settings: Callable[[Params], Settings]) -> None:
+        self.name, self.grid, self._settings = name, grid, settings
+
+    def learn(self, clip: Clip, task: Task, budget: Budget, params: Params, *, seed: int) -> Lesson:
+        """Adapt and fold."""
+        settings = replace(self._settings(params), steps=budget.steps, batch_size=budget.batch_size)
+        losses: list[float] = []
+        hooks = Hooks(on_progress=lambda progress: losses.append(progress.loss))
+        adaptation = adapt(clip, task, settings, seed=seed, hooks=hooks)
+        fold_into(dict(clip.model.named_parameters()), adaptation)
+        return Lesson(ends(losses), sum(adaptation.ranks.values()) / len(adaptation.ranks))
+
+
+def fold_into(weights: dict[str, Tensor], adaptation: Adaptation) -> None:
+    """Add an update to the weights in place: what deploy.delta.fold does, up to the order of additions."""
+    with torch.no_grad():
+        for factor in adaptation.factors:
+            weights[factor.key][factor.row_start : factor.row_stop] += factor.delta()
+
+
+def ends(losses: list[float]) -> tuple[float, float]:
+    """Mean of the first and of the last tenth."""
+    tenth = max(1, len(losses) // 10)
+    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+
+
+def plain_lora(rank: int) -> LowRank:
+    """LoRA with the published loss and no threshold: gates start at 1, are trained and never pruned."""
+    base = replace(
+        preset("paper"), rank=rank, random_importance=False, dense_fraction=1.0, betas=(0.9, 0.999)
+    )
+    grid = tuple({"learning_rate": rate} for rate in (5e-4, 2e-3, 5e-3))
+    return LowRank(f"lora-{rank}", grid, lambda params: replace(base, **params))
+
+
+def published() -> LowRank:
+    """The paper's recipe. Its 500 steps have thresholds that add up to 0.625; so have ours, however many."""
+    base = replace(preset("paper"), kappa_total=0.625)
+    grid = tuple({"learning_rate": rate} for rate in (5e-4, 2e-3, 5e-3))
+    return LowRank("paper", grid, lambda params: replace(base, **params))
+
+
+def default() -> LowRank:
+    """The default preset, both of its learning rates times a factor."""
+    base = preset("default")
+    assert base.vision_learning_rate
+
+    def settings(params: Params) -> Settings:
+        pace = params["pace"]
+        vision = (base.vision_learning_rate or base.learning_rate) * pace
+        return replace(base, learning_rate=base.learning_rate * pace, vision_learning_rate=vision)
+
+    return LowRank("default", tuple({"pace": pace} for pace in (0.5, 1.0, 2.0)), settings)
+
+
+def method(name: str) -> Method:
+    """A fresh instance; raises KeyError for an unknown name."""
+    from benchmarks.stream import tuning
+
+    makers: dict[str, Callable[[], Method]] = {
+        "zero-shot": ZeroShot,
+        "lora-16": lambda: plain_lora(16),
+        "paper": published,
+        "default": default,
+        "full": tuning.FullTuning,
+        "wise-ft": tuning.WiseFt,
+        "lora-4": lambda: plain_lora(4),
+        "l2": tuning.L2,
+        "lwf": tuning.Lwf,
+        "orthsr": tuning.OrthSr,
+        "joint": tuning.Joint,
+    }
+    return makers[name]()
+
+
+METHODS = (
+    *("zero-shot", "lora-16", "paper", "default", "full", "wise-ft"),
+    *("lora-4", "l2", "lwf", "orthsr", "joint"),
+)
