@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dynlora.blocks import Block, Layers, find_blocks
+from dynlora.errors import ModelError
 from dynlora.lora import LoRA, LoRAAttention, LoRAFusedLinear, LoRALinear
 
 Undo = list[tuple[nn.Module, str, Any]]
