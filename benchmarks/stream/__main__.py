@@ -8,6 +8,7 @@ benchmarks/results/stream-<setting>.json, .md and, with matplotlib, .svg.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.stream.methods import METHODS
 from benchmarks.stream.packs import PROBES, STREAM, Pack
 from deploy.preprocess import Preprocessing
 from dynlora import load_clip
+from dynlora.clip import BUNDLED_WEIGHTS
 
 CELLS_DIR = reporting.RESULTS_DIR / "stream"
 
@@ -51,13 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     if options.quick:
         setting = Setting(2, 4, 8, 2, one_class=options.one_class, class_steps=2)
-    folder = options.cells / setting.name
+    folder = options.cells / f"{setting.name}-{model_id()}"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{setting.name}: each method does {setting.budget.steps} steps a drop, 3 settings tried at most")
     todo = [(m, s) for s in options.seeds for m in options.methods if not (folder / f"{m}-{s}.json").exists()]
     if todo:
         run(todo, options.data, folder, setting)
     report.write(folder, setting)
+
+
+def model_id() -> str:
+    """Of the bundled weights: cells of other weights are never mixed with theirs."""
+    return hashlib.sha256(BUNDLED_WEIGHTS.read_bytes()).hexdigest()[:8]
 
 
 def run(todo: list[tuple[str, int]], data: Path, folder: Path, setting: Setting) -> None:

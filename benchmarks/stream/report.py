@@ -86,7 +86,7 @@ def means(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def paired(
     runs: dict[int, dict[str, float]], reference: dict[int, dict[str, float]]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """The reference minus the method, seed by seed: mean and its standard error over common seeds."""
     seeds = sorted(runs.keys() & reference.keys())
     found = {}
@@ -94,7 +94,8 @@ def paired(
         pairs = [(reference[s].get(key, np.nan), runs[s].get(key, np.nan)) for s in seeds]
         if seeds and not np.isnan(pairs).any():
             mean, error = evaluate.paired_difference(*np.array(pairs).T)
-            found[key] = {"mean": round(mean, 3), "error": round(error, 3), "seeds": len(seeds)}
+            spread = round(error, 3) if len(seeds) > 1 else None  # one seed says nothing of it
+            found[key] = {"mean": round(mean, 3), "error": spread, "seeds": len(seeds)}
     return found
 
 
