@@ -242,6 +242,7 @@ class Service:
         self._status.remove()
         self._observers.stop()
         self.tell("stopped")
+        logs.stand(live=None)
 
     def tell(self, event: str, level: int = logging.INFO, /, **fields: Any) -> None:
         """Say that something happened, to the log and to events.jsonl, after it is on disk."""

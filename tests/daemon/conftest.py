@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from daemon import logs
 from daemon.batch import Batch
 from daemon.config import Config, InboxConfig
 from daemon.intake import Intake, IntakeEvent
 from daemon.spool import Spool, State
+
+
+@pytest.fixture(autouse=True)
+def _no_standing_log_fields() -> Iterator[None]:
+    """A service that a test leaves running must not add its version to the lines of the next one."""
+    yield
+    logs.stand(live=None)
 
 
 class Bench:
