@@ -4,7 +4,7 @@
 
 Every (method, seed, setting) is a file in benchmarks/results/stream; what is there already is not run again,
 so the command can be stopped at any time. The report is written anew after each cell:
-benchmarks/results/stream-<setting>.json, .md and, with matplotlib, .svg.
+benchmarks/results/stream-<setting>-<weights>.json, .md and, with matplotlib, .svg.
 """
 
 import argparse

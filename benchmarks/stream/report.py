@@ -68,7 +68,7 @@ def write(folder: Path, setting: Setting) -> None:
         },
         "tuning": grids,
     }
-    name = f"stream-{setting.name}"
+    name = f"stream-{folder.name}"
     (folder.parent.parent / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder.parent.parent / f"{name}.md").write_text(text(result, cells) + "\n")
     try:
