@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "examples" / "demo" / "images"
 DYNLORA = [sys.executable, "-m", "daemon.cli"]
 # Few steps: whether it learns well is tested elsewhere. Under 20 exam images a batch is never held for too
-# small a gain; a test that wants that asks for more.
+# small a gain; a test that wants that asks for more. One dtype: a trial could choose another one in the
+# next life, and lives are compared bit for bit.
 CONFIG = """
 [inbox]
 settle_seconds = 0.1
@@ -29,6 +30,7 @@ scan_seconds = 0.2
 [learning]
 steps = {steps}
 threads = 1
+dtype = "float32"
 checkpoint_seconds = 0.3
 [exam]
 fraction = {exam}
