@@ -1,6 +1,6 @@
 """Three domains dropped one after the other, as original-resolution photos; what is learnt and what is kept.
 
-    python benchmarks/native_inbox.py [--data ../shared/data] [--seeds 3] [--preset default]
+    python -m benchmarks.native_inbox [--data ../shared/data] [--seeds 3] [--preset default]
 
 For each seed: a fresh home, `dynlora run --once` for clothing, then groceries, then objects. Every version is
 scored through ONNX Runtime: each domain on its pack's whole test split restricted to the dropped classes,
@@ -10,7 +10,6 @@ Targets: every domain up by at least 25 points, Tiny-ImageNet down by at most 5.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.program import dynlora
 from deploy.preprocess import decode_image
 from deploy.runtime import LoadedVersion
 
@@ -56,21 +56,13 @@ class Pack:
         return float(np.mean((images @ texts.T).argmax(1) == columns[self.labels]) * 100)
 
 
-def dynlora(*arguments: str, home: Path) -> None:
-    """Run one command of the program; its output is shown if it fails."""
-    command = [sys.executable, "-m", "daemon.cli", "--home", str(home), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-
-
 def one_seed(seed: int, options: argparse.Namespace, packs: dict[str, Pack], probes: dict[str, Pack]) -> dict:
     """Figures of one life of three batches."""
     union = [name for pack in packs.values() for name in pack.classes]
     figures: dict = {"seed": seed, "accuracy": [], "seconds": []}
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch, "home")
-        dynlora("init", home=home)
+        dynlora(home, "init")
         (home / "config.toml").write_text(
             "[inbox]\nsettle_seconds = 0.5\ngather_seconds = 0.5\nscan_seconds = 0.5\n"
             f'[learning]\nseed = {seed}\npreset = "{options.preset}"\n'
@@ -83,7 +75,7 @@ def one_seed(seed: int, options: argparse.Namespace, packs: dict[str, Pack], pro
                 ]
                 archive.extractall(home / "inbox", members)
             started = time.monotonic()
-            dynlora("run", "--once", home=home)
+            dynlora(home, "run", "--once")
             figures["seconds"].append(round(time.monotonic() - started, 1))
             figures["accuracy"].append(score(home, packs, probes, union))
             print(f"seed {seed}, after {domain}: {figures['accuracy'][-1]}", flush=True)

@@ -10,15 +10,13 @@ of torch where it is needed included.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import models, reporting
+from benchmarks.program import dynlora
 from daemon.home import create_home
 from deploy.delta import load_delta, write_folded
 from deploy.manifest import DELTA_NAME, WEIGHTS_NAME, file_record
@@ -27,25 +25,6 @@ from deploy.weights import read_weights
 
 OTHER_SETTINGS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Sandybridge"}
 TAKEN_OUT = 2
-
-
-def command(home: Path, *arguments: str, **environment: str) -> float:
-    """Run the program on a home; returns its seconds.
-
-    Raises:
-        RuntimeError: it failed; with what it said.
-    """
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "daemon.cli", "--home", str(home), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | environment,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{arguments} ended with {done.returncode}: {done.stdout}{done.stderr}")
-    return time.perf_counter() - started
 
 
 def publish_random(store: VersionStore, version: int) -> str:
@@ -69,14 +48,14 @@ def measure(home: Path, model: str) -> dict[str, Any]:
     store = models.found(home, model)
     batches = [publish_random(store, version) for version in (1, 2, 3)]
     print("three versions are published", flush=True)
-    revert = command(home, "revert", batches[TAKEN_OUT - 1], "--insist")
+    revert = dynlora(home, "revert", batches[TAKEN_OUT - 1], "--insist")
     reverted = store.live_manifest()
     expected = fold_without(store, TAKEN_OUT, home / "expected.safetensors")
     print("the second is taken out", flush=True)
     recorded = store.manifest(TAKEN_OUT).files[WEIGHTS_NAME].sha256
-    thin = command(home, "thin", str(TAKEN_OUT))
+    thin = dynlora(home, "thin", str(TAKEN_OUT))
     was_removed = not (store.path(TAKEN_OUT) / WEIGHTS_NAME).exists()
-    rebuild = command(home, "rebuild", str(TAKEN_OUT), **OTHER_SETTINGS)
+    rebuild = dynlora(home, "rebuild", str(TAKEN_OUT), **OTHER_SETTINGS)
     rebuilt = file_record(store.path(TAKEN_OUT) / WEIGHTS_NAME).sha256
     return {
         "model": model,

@@ -8,7 +8,7 @@ crash at any point loses nothing but time. The decision to publish is not made h
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,17 +155,8 @@ def load_task(
     keys = [c.key for c in batch.classes]
     own = set(keys)
 
-    def load(images: list[BatchImage]) -> tuple[Tensor, Tensor]:
-        if not images:
-            return torch.empty(0), torch.empty(0, dtype=torch.int64)
-        pixels = np.empty((len(images), 3, *preprocessing.size), np.float32)
-        for row, image in zip(pixels, images, strict=True):
-            row[:] = load_pixels(work_dir / image.file, preprocessing, sha256=image.sha256)
-        labels = [keys.index(image.class_key) for image in images]
-        return torch.from_numpy(pixels), torch.tensor(labels)
-
-    pixels, labels = load(batch.split("train"))
-    tune_pixels, tune_labels = load(batch.split("tune"))
+    pixels, labels = load_images(batch, batch.split("train"), work_dir, preprocessing)
+    tune_pixels, tune_labels = load_images(batch, batch.split("tune"), work_dir, preprocessing)
     return Task(
         classes=[Name(entries[key].name, entries[key].template) for key in keys],
         pixels=pixels,
@@ -174,6 +165,22 @@ def load_task(
         tune_labels=tune_labels,
         known=[Name(entry.name, entry.template) for entry in classes if entry.key not in own],
     )
+
+
+def load_images(
+    batch: Batch, images: Sequence[BatchImage], base: Path, preprocessing: Preprocessing
+) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 3, H, W) float32 and labels (N,) int64 into the batch's classes; files lie under `base`.
+
+    Raises:
+        BatchError: an image is missing, a link, or not what was taken in; names it.
+    """
+    pixels = np.empty((len(images), 3, *preprocessing.size), np.float32)
+    for row, image in zip(pixels, images, strict=True):
+        row[:] = load_pixels(base / image.file, preprocessing, sha256=image.sha256)
+    rows = {c.key: row for row, c in enumerate(batch.classes)}
+    labels = torch.tensor([rows[image.class_key] for image in images], dtype=torch.int64)
+    return torch.from_numpy(pixels), labels
 
 
 def to_delta(adaptation: Adaptation) -> Delta:

@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from daemon.batch import Batch, BatchImage
+from daemon.adaptation import load_images
+from daemon.batch import Batch
 from daemon.compose import Known
 from daemon.config import Config
 from daemon.errors import BatchError
-from daemon.examine import load_pixels
 from daemon.spool import Spool
 from daemon.submit import looked_at
 from daemon.worker import Outlet
@@ -70,7 +68,7 @@ def analyze_batch(home: Path, wanted: Wanted, config: Config, *, outlet: Outlet)
     probe = None
     if wanted.probe:
         with _batch(home, str(wanted.probe), config) as (base, batch):
-            pixels, labels = _load(batch, batch.images, base, preprocessing)
+            pixels, labels = load_images(batch, batch.images, base, preprocessing)
             probe = Probe(_classes(batch), pixels, labels)
     settings = preset(config.learning.preset).with_overrides(steps=wanted.steps)
     outlet.phase("train")
@@ -134,21 +132,11 @@ def _task(batch: Batch, base: Path, preprocessing: Preprocessing, known: list[Na
     """What is learnt, and what is held out of learning: the batch's tuning and exam images."""
     classes = _classes(batch)
     own = {c.name for c in classes}
-    pixels, labels = _load(batch, batch.split("train"), base, preprocessing)
+    pixels, labels = load_images(batch, batch.split("train"), base, preprocessing)
     held = [image for image in batch.images if image.split != "train"]
     task = Task(classes, pixels, labels, known=[name for name in known if name.name not in own])
-    return task, Probe(classes, *_load(batch, held, base, preprocessing))
+    return task, Probe(classes, *load_images(batch, held, base, preprocessing))
 
 
 def _classes(batch: Batch) -> list[Name]:
     return [Name(c.name, c.template) for c in batch.classes]
-
-
-def _load(
-    batch: Batch, images: Sequence[BatchImage], base: Path, preprocessing: Preprocessing
-) -> tuple[Tensor, Tensor]:
-    pixels = np.empty((len(images), 3, *preprocessing.size), np.float32)
-    for row, image in zip(pixels, images, strict=True):
-        row[:] = load_pixels(base / image.file, preprocessing, sha256=image.sha256)
-    keys = [c.key for c in batch.classes]
-    return torch.from_numpy(pixels), torch.tensor([keys.index(image.class_key) for image in images])

@@ -10,7 +10,8 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-KINDS = ("q", "k", "v", "out", "mlp_in", "mlp_out")
+from daemon.charts import matrix_kinds
+
 Trials = Sequence[Mapping[str, Any]]
 
 
@@ -28,13 +29,16 @@ def draw(trials: Trials, out: Path) -> list[Path]:
     return files
 
 
-def allocation(kept_ranks: Mapping[str, int], tower: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """(kinds, blocks) kept ranks of a tower; NaN where it has no such matrix."""
+def allocation(
+    kept_ranks: Mapping[str, int], tower: str
+) -> tuple[list[str], "np.ndarray[Any, np.dtype[np.float64]]"]:
+    """A tower's kinds of matrices, and their kept ranks (kinds, blocks); NaN where a block has none such."""
     found = [name.split(".") for name in kept_ranks if name.startswith(f"{tower}.")]
-    grid = np.full((len(KINDS), 1 + max(int(block) for _, block, _ in found)), np.nan)
+    kinds = matrix_kinds(kind for _, _, kind in found)
+    grid = np.full((len(kinds), 1 + max(int(block) for _, block, _ in found)), np.nan)
     for _, block, kind in found:
-        grid[KINDS.index(kind), int(block)] = kept_ranks[f"{tower}.{block}.{kind}"]
-    return grid
+        grid[kinds.index(kind), int(block)] = kept_ranks[f"{tower}.{block}.{kind}"]
+    return kinds, grid
 
 
 def _ranks(trials: Trials) -> Any:
@@ -42,8 +46,9 @@ def _ranks(trials: Trials) -> Any:
     whole = max((t for t in trials if t["location"] == "all"), key=lambda t: t["rank"])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, tower in zip(axes, ("vision", "text"), strict=True):
-        image = axis.imshow(allocation(whole["kept_ranks"], tower), vmin=0, vmax=whole["rank"], aspect="auto")
-        axis.set(title=tower, xlabel="block", yticks=range(len(KINDS)), yticklabels=KINDS)
+        kinds, grid = allocation(whole["kept_ranks"], tower)
+        image = axis.imshow(grid, vmin=0, vmax=whole["rank"], aspect="auto")
+        axis.set(title=tower, xlabel="block", yticks=range(len(kinds)), yticklabels=kinds)
     figure.colorbar(image, ax=axes, label="kept rank")
     return figure
 

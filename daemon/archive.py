@@ -40,7 +40,7 @@ _DAMAGE = (
     zlib.error,
     lzma.LZMAError,
     EOFError,
-    RuntimeError,  # RecursionError and NotImplementedError too
+    RuntimeError,  # an encrypted zip; NotImplementedError, an unknown compression, is one too
     ValueError,
 )
 

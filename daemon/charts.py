@@ -3,11 +3,19 @@
 Every word from outside is escaped here. Colours come from the page's style sheet by class name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 Cell = tuple[float, str, str]  # how strong its colour is (0 to 1), what is written in it, what it is about
 _LEFT, _TOP, _BOTTOM = 56, 14, 26  # margins of curves, pixels
+
+_KINDS = ("q", "k", "v", "out", "mlp_gate", "mlp_in", "mlp_out")  # in the order of a block
+
+
+def matrix_kinds(names: Iterable[str]) -> list[str]:
+    """The kinds among names of matrices such as `vision.3.mlp_in`, in the order of a block, others last."""
+    kinds = {name.split(".")[-1] for name in names}
+    return [*(kind for kind in _KINDS if kind in kinds), *sorted(kinds - set(_KINDS))]
 
 
 def curves(

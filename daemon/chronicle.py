@@ -5,11 +5,9 @@ what was not published, and how many images each class had.
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -50,11 +48,6 @@ class Chronicle:
     classes: tuple[ClassCount, ...]
     unpublished: tuple[Unpublished, ...] = ()
     missing: tuple[str, ...] = field(default=())  # sentences about what could not be read
-
-    def exam_rows(self, manifest: Manifest) -> list[Mapping[str, Any]]:
-        """The exams that a version was graded on, its own first."""
-        rows = (manifest.metrics or {}).get("exams")
-        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(version, value) of a figure of the manifest or of its metrics, where it is known."""

@@ -4,15 +4,15 @@ from datetime import UTC, datetime
 from html import escape
 from importlib import resources
 
-from daemon.charts import Cell, bars, curves, heat_map
+from daemon.charts import Cell, bars, curves, heat_map, matrix_kinds
 from daemon.chronicle import Chronicle, moment
 from daemon.comparison import Comparison, Flip, shown, thumbnail
+from daemon.report import exam_rows
 from deploy.manifest import Manifest
 
 MATRIX_VERSIONS = 30
 RANK_VERSIONS = 12
 MOST_CLASSES = 60
-_KINDS = ("q", "k", "v", "out", "mlp_in", "mlp_out")
 # What a browser may do with it: show it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -46,14 +46,14 @@ def render(found: Chronicle, comparison: Comparison | None, now: datetime) -> st
 
 
 def _matrix(found: Chronicle) -> str:
-    graded = [m for m in found.manifests if found.exam_rows(m)][-MATRIX_VERSIONS:]
+    graded = [m for m in found.manifests if exam_rows(m)][-MATRIX_VERSIONS:]
     if not graded:
         return '<p class="none">no version was graded yet</p>'
-    exams = list(dict.fromkeys(str(r["batch"]) for m in graded for r in reversed(found.exam_rows(m))))
+    exams = list(dict.fromkeys(str(r["batch"]) for m in graded for r in reversed(exam_rows(m))))
     exams.sort()
     cells: dict[tuple[int, int], Cell] = {}
     for row, manifest in enumerate(graded):
-        for exam in found.exam_rows(manifest):
+        for exam in exam_rows(manifest):
             before, after = exam["accuracy_before"], exam["accuracy_after"]
             about = f"version {manifest.version} on {exam['batch']}: {before:.1%} before, {after:.1%} after, "
             about += f"{exam['images']} images, {exam['negative_flips']} lost"
@@ -82,7 +82,7 @@ def _rank_map(manifest: Manifest, most: int) -> str:
         return _figure(heat_map(rows, ["rank"], cells), f"version {manifest.version}")
     towers = sorted({parts[0] for parts in split.values()}, reverse=True)
     layers = 1 + max(int(parts[1]) for parts in split.values())
-    kinds = [*_KINDS, *sorted({parts[2] for parts in split.values()} - set(_KINDS))]
+    kinds = matrix_kinds(ranks)
     rows = [f"{tower} {kind}" for tower in towers for kind in kinds]
     cells = {}
     for key, (tower, layer, kind) in split.items():

@@ -1,13 +1,12 @@
 """`dynlora analyze`: where in the model a batch is learnt best, and where learning costs what was known."""
 
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from daemon.errors import ConfigError, WorkerError
+from daemon.errors import ConfigError
 from daemon.output import Options, common_options, pass_options, percent, table
 
 PLOTS_HINT = "no drawings: matplotlib is not installed; pip install 'dynlora[plots]'"
@@ -32,13 +31,17 @@ def analyze(options: Options, batch: str, *, probe: Path | None, ranks: str, ste
 
     Nothing is published, and nothing in the home changes.
     """
+    from daemon.foreground import run_worker
+    from daemon.progress import showing
+
     home = options.existing_home()
     config_path = options.config_path()
     arguments = ["analyze", "--home", str(home), "--source", batch, "--out", str(out.resolve())]
     arguments += ["--ranks", _checked_ranks(ranks), "--steps", str(steps)]
     arguments += ["--config", str(config_path)] if config_path else []
     arguments += ["--probe", str(probe)] if probe else []
-    found = _run(home, arguments, options.config().log.level)
+    with showing(options.config().log.level) as view:
+        found = run_worker(home, arguments, view)
     has_plots = find_spec("matplotlib") is not None
 
     def text() -> None:
@@ -60,39 +63,6 @@ def _checked_ranks(text: str) -> str:
     if not ranks or ranks[0] < 1:
         raise ConfigError(f"--ranks is {text!r}; expected numbers of at least 1, such as 4,16")
     return ",".join(map(str, ranks))
-
-
-def _run(home: Path, arguments: list[str], level: str) -> dict[str, Any]:
-    """The worker's result; shows how far it is.
-
-    Raises:
-        WorkerError: it failed; carries its own sentence.
-    """
-    from daemon.progress import showing
-    from daemon.supervisor import Worker, default_command
-
-    wake = threading.Event()
-    result: dict[str, Any] = {}
-    with showing(level) as view:
-        worker = Worker(default_command(*arguments), home / "worker.log", wake=wake.set)
-        try:
-            code = None
-            while code is None:
-                code = worker.poll()
-                for message in worker.messages():
-                    if message["event"] == "result":
-                        result = message
-                    elif message["event"] in ("phase", "step"):
-                        fields = {key: value for key, value in message.items() if key in ("step", "steps")}
-                        view.update(message.get("phase", "train"), **fields)
-                if code is None:
-                    wake.wait(0.2)
-                    wake.clear()
-        finally:
-            worker.kill()
-    if code:
-        raise WorkerError(worker.why_it_failed(code))
-    return {key: value for key, value in result.items() if key != "event"}
 
 
 def _cells(trial: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from daemon import logs
-from daemon.errors import ConfigError, WorkerError
+from daemon.errors import ConfigError
 from daemon.output import Options, common_options, pass_options
 
 HELD, FAILED = 3, 1
@@ -33,6 +33,7 @@ def init(
 ) -> None:
     """Make a home and publish version 0."""
     from daemon.events import EventLog
+    from daemon.foreground import run_worker
     from daemon.home import create_home
     from daemon.lock import HomeLock
     from daemon.progress import showing
@@ -52,7 +53,8 @@ def init(
     arguments += ["--pretrained", pretrained] if pretrained else []
     arguments += ["--classes", str(classes_path)] if classes_path else []
     with HomeLock(home), showing() as view:
-        _run_worker(home, arguments, view)
+        run_worker(home, arguments, view)
+        logs.log("initialised", home=str(home))
         EventLog(home).record("initialised", version=store.current())
     names = [entry.name for entry in load_classes(store.path(0)).classes]
     manifest = store.live_manifest()
@@ -155,33 +157,6 @@ def _check_packages() -> None:
     for name in ("torch", "open_clip", "onnx"):
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-def _run_worker(home: Path, arguments: list[str], view: Any) -> None:
-    """Run a worker to its end and show how far it is.
-
-    Raises:
-        WorkerError: it failed; carries its own sentence.
-    """
-    import threading
-
-    from daemon.supervisor import Worker, default_command
-
-    wake = threading.Event()
-    worker = Worker(default_command(*arguments), home / "worker.log", wake=wake.set)
-    phase = "start"
-    try:
-        while (code := worker.poll()) is None:
-            for message in worker.messages():
-                phase = message.get("phase", phase)
-            view.update(phase)
-            wake.wait(0.2)
-            wake.clear()
-    finally:
-        worker.kill()
-    if code:
-        raise WorkerError(worker.why_it_failed(code))
-    logs.log("initialised", home=str(home))
 
 
 def _say_initialised(home: Path, architecture: str, count: int) -> None:

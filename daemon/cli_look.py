@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from daemon.output import Options, common_options, pass_options, percent, table
+from daemon.report import exam_rows
 from deploy.manifest import Manifest
 
 
@@ -137,12 +138,6 @@ def _own_exam(manifest: Manifest) -> dict[str, Any]:
     own = manifest.batch.id if manifest.batch else None
     row = next((row for row in exam_rows(manifest) if row["batch"] == own), {})
     return {"exam_before": row.get("accuracy_before"), "exam_after": row.get("accuracy_after")}
-
-
-def exam_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
-    """The exams in a manifest's metrics, the batch's own first."""
-    rows = (manifest.metrics or {}).get("exams")
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _watch(options: Options) -> None:

@@ -22,7 +22,7 @@ from prometheus_client import (
 )
 
 from daemon.errors import WorkerError
-from daemon.report import RESULT_DIR, load_report
+from daemon.report import RESULT_DIR, exam_rows, load_report
 from daemon.spool import STATES, Spool
 from deploy.errors import DeployError
 from deploy.manifest import Manifest
@@ -217,10 +217,9 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _probes(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
+def _probes(manifest: Manifest) -> dict[str, list[Mapping[str, Any]]]:
     """The exam rows of the version's own batch, and those of the batches before it."""
-    found = (manifest.metrics or {}).get("exams")
-    rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    rows = exam_rows(manifest)
     own = manifest.batch.id if manifest.batch else None
     return {
         "new": [row for row in rows if row["batch"] == own],

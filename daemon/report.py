@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from daemon.errors import WorkerError
+from deploy.manifest import Manifest
 
 RESULT_DIR = "result"  # in the batch's directory
 REPORT_NAME = "report.json"
@@ -97,3 +98,9 @@ def load_report(result_dir: Path) -> Report:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise WorkerError(f"{path} is not a worker's report: {where}: {first['msg']}") from error
+
+
+def exam_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
+    """The exams that a version was graded on, its own batch's first; none where it was not graded."""
+    rows = (manifest.metrics or {}).get("exams")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []

@@ -84,7 +84,7 @@ def _settled(publisher: Publisher, batch_id: str, command: str, states: tuple[St
     """
     state = publisher.spool.find(batch_id)
     if state is None:
-        publisher.spool.path(batch_id)
+        publisher.spool.path(batch_id)  # raises: there is none
     published = publisher.store.published_batches().get(batch_id)
     if published is not None:
         raise RequestError(

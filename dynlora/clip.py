@@ -15,10 +15,10 @@ from open_clip.transformer import QuickGELU
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dynlora import archive
+from dynlora import torchscript
 from dynlora.attach import check_supported
-from dynlora.coverage import obstacles
 from dynlora.errors import ModelError
+from dynlora.obstacles import obstacles
 from dynlora.tokenizer import TOKENIZER_NAME, FileTokenizer, read_published, read_tokenizer
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
@@ -78,7 +78,7 @@ def load_clip(architecture: str = "bundled", pretrained: str | None = None) -> C
         )
     tokenizer = _tokenizer(architecture, config["text_cfg"])
     try:
-        with archive.readable_by_open_clip(pretrained) as weights:
+        with torchscript.readable_by_open_clip(pretrained) as weights:
             model = open_clip.create_model(
                 architecture,
                 pretrained=weights.path,

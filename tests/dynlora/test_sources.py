@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dynlora import prompts
-from dynlora.archive import read_torchscript
 from dynlora.clip import build_model, load_clip
 from dynlora.errors import ModelError
 from dynlora.learner import adapt
 from dynlora.settings import preset
+from dynlora.torchscript import read_torchscript
 from tests.e2e.test_towers import SMALL, TEXT
 from tests.e2e.towers import task_for, write_model, write_tokenizer
 
