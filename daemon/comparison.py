@@ -99,14 +99,27 @@ def _ask(version_dir: Path, images: Sequence[tuple[Path, str]], labels: Sequence
         for start in range(0, len(images), _BATCH):
             part = images[start : start + _BATCH]
             try:
-                rows = version.classify([path for path, _ in part], labels, top=len(labels))
-            except ImageError:
-                replies += [None] * len(part)
-                continue
-            for (_, key), row in zip(part, rows, strict=True):
-                score = next((p.score for p in row if class_key(p.label) == key), 0.0)
-                replies.append(_Reply(row[0].label, score))
+                replies += _ask_part(version, part, labels)
+            except ImageError:  # one by one: it must not cost the others their answers
+                for image in part:
+                    try:
+                        replies += _ask_part(version, [image], labels)
+                    except ImageError:
+                        replies.append(None)
     return replies
+
+
+def _ask_part(version: LoadedVersion, part: Sequence[tuple[Path, str]], labels: Sequence[str]) -> list[_Reply]:
+    """An answer for each image of one batch.
+
+    Raises:
+        ImageError: one of them cannot be read.
+    """
+    rows = version.classify([path for path, _ in part], labels, top=len(labels))
+    return [
+        _Reply(row[0].label, next((p.score for p in row if class_key(p.label) == key), 0.0))
+        for (_, key), row in zip(part, rows, strict=True)
+    ]
 
 
 def _summary(

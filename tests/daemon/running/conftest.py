@@ -95,14 +95,18 @@ class Bench:
         return f"{self.state()} {self.service.trouble} {self.service._events.read()[-3:]}"
 
 
-@pytest.fixture
-def home(version_dir, tmp_path):
+def make_home(version_dir, path):
     """An initialised home with version 0 of the bundled model."""
-    path = tmp_path / "home"
     create_home(path)
     shutil.rmtree(path / "serving")
     shutil.copytree(version_dir.parent.parent, path / "serving", symlinks=True)
     return path
+
+
+@pytest.fixture
+def home(version_dir, tmp_path):
+    """A home of one's own."""
+    return make_home(version_dir, tmp_path / "home")
 
 
 @pytest.fixture

@@ -3,10 +3,13 @@
 import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 
+from daemon.comparison import compare
+from tests.daemon.running.conftest import QUICK, Bench, make_home
 from tests.daemon.running.tiny_home import TinyHome
 from tests.deploy.server.chromium import PROGRAM, Chromium
 
@@ -37,9 +40,11 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.fixture
-def life(bench):
-    """Three versions, a held and a failed batch; one class has a name of markup."""
+@pytest.fixture(scope="module")
+def life(version_dir, tmp_path_factory):
+    """Three versions, a held and a failed batch; one class has a name of markup. Only to be looked at."""
+    bench = Bench(make_home(version_dir, tmp_path_factory.mktemp("life") / "home"), QUICK)
+    bench.service.start()
     bench.drop("cat")
     bench.run()
     bench.behave(exams=[[40, 10, 25, 0], [40, 30, 1, 3]])
@@ -51,6 +56,7 @@ def life(bench):
     bench.behave(fail="the <i>worker</i> said no", retry=False)
     bench.drop("pans")
     bench.run()
+    bench.service.stop(lambda: True)
     return bench
 
 
@@ -89,6 +95,17 @@ def test_without_images_none_is_on_the_page(life, dynlora, tmp_path):
 
     assert "<img" not in page.read_text()
     assert "not looked at" in page.read_text()
+
+
+def test_an_exam_image_that_is_damaged_costs_no_other_its_answer(life, tmp_path):
+    """It alone is left out of the comparison."""
+    home = tmp_path / "home"
+    shutil.copytree(life.home, home, symlinks=True)
+    images = [image for image in (home / "exams").rglob("*.png") if "cat" in str(image)]
+    images[0].write_bytes(b"no image")
+
+    assert compare(life.home).images == 2
+    assert compare(home).images == 1
 
 
 def test_a_home_without_any_batch_has_a_page_too(home, dynlora, tmp_path):
