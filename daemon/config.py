@@ -192,9 +192,15 @@ class HooksConfig(Section):
     @field_validator("webhook")
     @classmethod
     def _is_an_address(cls, webhook: str) -> str:
-        url = urlsplit(webhook)
-        if webhook and (url.scheme not in ("http", "https") or not url.hostname or url.username):
-            raise ValueError("expected http://… or https://… without a user name")
+        expected = "expected http://… or https://… without a user name, blanks or special characters"
+        try:
+            url = urlsplit(webhook)
+            is_usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError as error:  # no number for a port, say
+            raise ValueError(f"{expected}: {error}") from error
+        is_plain = webhook.isascii() and webhook.isprintable() and " " not in webhook
+        if webhook and not (is_usable and is_plain and "@" not in url.netloc):
+            raise ValueError(expected)
         return webhook
 
 

@@ -135,15 +135,15 @@ class Hooks:
                 self._current = entry = self._waiting.get(timeout=1.0)
             except queue.Empty:
                 continue
-            if self.config.command:
-                self._deliver("command", entry, self._execute)
-            if self.config.webhook:
-                self._deliver("webhook", entry, self._post)
+            config = self.config  # the same for all tries, also when another one is read meanwhile
+            if config.command:
+                self._deliver("command", config, entry, self._execute)
+            if config.webhook:
+                self._deliver("webhook", config, entry, self._post)
             self._current = None
             self._waiting.task_done()
 
-    def _deliver(self, hook: str, entry: Mapping[str, Any], send: Send) -> None:
-        config = self.config
+    def _deliver(self, hook: str, config: HooksConfig, entry: Mapping[str, Any], send: Send) -> None:
         started, why, number = time.monotonic(), "the daemon ended", 0
         while number < config.tries and not self._stopping.is_set():
             number += 1
@@ -159,6 +159,12 @@ class Hooks:
             if number < config.tries:
                 self._stopping.wait(self._pause_seconds * 2 ** (number - 1))
         self._outcomes.put(_Outcome(hook, entry, number, time.monotonic() - started, why))
+
+    def _can_be_cut(self, cut: Callable[[], None]) -> None:
+        """From now on `stop` ends the try that is under way; where it looked before, nobody else will."""
+        self._cut = cut
+        if self._stopping.is_set():
+            cut()
 
     def _execute(self, config: HooksConfig, entry: Mapping[str, Any]) -> None:
         """Run the command with the event on stdin.
@@ -187,7 +193,7 @@ class Hooks:
                 )
             except OSError as error:
                 raise HookError(f"{config.command[0]} cannot be started: {error.strerror}") from error
-            self._cut = lambda: _kill(process)
+            self._can_be_cut(lambda: _kill(process))
             try:
                 code = process.wait(config.timeout_seconds)
             except subprocess.TimeoutExpired as error:
@@ -211,9 +217,12 @@ class Hooks:
         # The connection's own limit is for each read; this one is for all of it.
         deadline = time.monotonic() + config.timeout_seconds
         alarm = threading.Timer(config.timeout_seconds, _shut, [connection])
-        self._cut = lambda: _shut(connection)
         alarm.start()
         try:
+            connection.connect()
+            self._can_be_cut(lambda: _shut(connection))
+            if time.monotonic() >= deadline:  # there was no socket yet that the alarm could shut
+                raise TimeoutError
             target = (url.path or "/") + (f"?{url.query}" if url.query else "")
             headers = {"Content-Type": "application/json", "User-Agent": "dynlora"}
             connection.request("POST", target, encode(entry), headers)

@@ -13,7 +13,7 @@ import pytest
 
 from daemon.config import HooksConfig, read_config
 from daemon.errors import ConfigError
-from daemon.hooks import Hooks
+from daemon.hooks import HookError, Hooks
 
 
 class Server:
@@ -251,6 +251,21 @@ def test_stopping_kills_what_hangs_and_tells_what_was_not_delivered(make, told, 
     assert told[1][1]["why"] == "the daemon ended before it was delivered"
 
 
+def test_a_try_that_begins_while_the_daemon_ends_is_ended_too(make, server, tmp_path):
+    """Command or webhook: whoever stops may have looked just before there was anything to cut."""
+    server.answers = ["drip"]
+    command = program(tmp_path / "hook", "sleep 300")
+    hooks = make(command=command, webhook=server.url, timeout_seconds=20)
+    hooks._stopping.set()
+
+    with pytest.raises(HookError, match="ended with -9"):
+        hooks._execute(hooks.config, {"event": "published"})
+    started = time.monotonic()
+    with pytest.raises(HookError):
+        hooks._post(hooks.config, {"event": "published"})
+    assert time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
@@ -258,6 +273,9 @@ def test_stopping_kills_what_hangs_and_tells_what_was_not_delivered(make, told, 
         ('command = "notify.sh"', "hooks.command is 'notify.sh'; expected a valid list"),
         ('webhook = "ftp://host/x"', "expected http://… or https://…"),
         ('webhook = "https://ann:secret@host/"', "without a user name"),
+        ('webhook = "https://:secret@host/"', "without a user name"),
+        ('webhook = "https://host:port/"', "expected http://… or https://…"),
+        ('webhook = "https://host/a b"', "blanks"),
         ('events = ["publish"]', "hooks.events.0 is 'publish'; expected 'published', 'held'"),
         ("tries = 0", "hooks.tries is 0"),
     ],
