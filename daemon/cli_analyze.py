@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, InboxError
 from daemon.output import Options, common_options, pass_options, percent, table
+from daemon.spool import Spool
 
 PLOTS_HINT = "no drawings: matplotlib is not installed; pip install 'dynlora[plots]'"
 
@@ -35,6 +36,7 @@ def analyze(options: Options, batch: str, *, probe: Path | None, ranks: str, ste
     from daemon.progress import showing
 
     home = options.existing_home()
+    _check_source(home, batch)
     config_path = options.config_path()
     arguments = ["analyze", "--home", str(home), "--source", batch, "--out", str(out.resolve())]
     arguments += ["--ranks", _checked_ranks(ranks), "--steps", str(steps)]
@@ -53,6 +55,16 @@ def analyze(options: Options, batch: str, *, probe: Path | None, ranks: str, ste
             click.echo(PLOTS_HINT, err=True)
 
     options.show(found, text)
+
+
+def _check_source(home: Path, source: str) -> None:
+    """Before a worker takes seconds to start.
+
+    Raises:
+        InboxError: it is no batch of the home, and no path.
+    """
+    if Spool(home).find(source) is None and not Path(source).exists():
+        raise InboxError(f"{source} does not exist; give the id of a batch, a folder or an archive")
 
 
 def _checked_ranks(text: str) -> str:

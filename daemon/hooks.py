@@ -72,7 +72,7 @@ class Hooks:
     ) -> None:
         self._home, self.config, self._tell = home, config, tell
         self._pause_seconds, self._stop_seconds = pause_seconds, stop_seconds
-        self._waiting: queue.Queue[Mapping[str, Any]] = queue.Queue(_WAITING_AT_MOST)
+        self._waiting: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_WAITING_AT_MOST)  # None: the end
         self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -120,21 +120,22 @@ class Hooks:
         self._stopping.set()
         if (cut := self._cut) is not None:
             cut()
+        with contextlib.suppress(queue.Full):  # then the thread waits for nothing
+            self._waiting.put_nowait(None)
         if self._thread is not None:
             self._thread.join(_JOIN_SECONDS)
-        left = [self._current] if self._current is not None else []
+        left = [self._current]
         while not self._waiting.empty():
             left.append(self._waiting.get_nowait())
-        for entry in left:
+        for entry in filter(None, left):
             self._outcomes.put(_Outcome("all", entry, 0, 0.0, "the daemon ended before it was delivered"))
         self.report()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            try:
-                self._current = entry = self._waiting.get(timeout=1.0)
-            except queue.Empty:
-                continue
+            self._current = entry = self._waiting.get()
+            if entry is None:
+                return
             config = self.config  # the same for all tries, also when another one is read meanwhile
             if config.command:
                 self._deliver("command", config, entry, self._execute)

@@ -14,9 +14,9 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from deploy.manifest import (
     record_of,
 )
 from deploy.weights import Array, TensorSpec, layout, spec_of
+
+if TYPE_CHECKING:  # takes half a second to import, and only a new architecture is exported
+    import onnx_ir as ir
 
 OPSET = 23  # the first with Attention and Gelu as operators of their own
 EXAMPLE_BATCH = 2  # torch.export takes a size of 1 for a constant
@@ -99,6 +102,8 @@ def export_graphs(
     Raises:
         ExportError: the exporter failed, or did not leave every weight outside of the graphs.
     """
+    import onnx_ir as ir
+
     specs = spec_of(state_arrays(model))
     places = layout(specs)
     # Masks and tables of positions: not in the state dict, so the same whatever is learnt. They stay inside.
@@ -168,7 +173,7 @@ def _as_exported(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _export(encoder: nn.Module, input_name: str, example: Tensor, output_name: str) -> ir.Model:
+def _export(encoder: nn.Module, input_name: str, example: Tensor, output_name: str) -> "ir.Model":
     """Run torch's exporter quietly; it logs and warns about its own inner workings."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -196,7 +201,7 @@ def _export(encoder: nn.Module, input_name: str, example: Tensor, output_name: s
     return program.model
 
 
-def _strip(model: ir.Model) -> None:
+def _strip(model: "ir.Model") -> None:
     """Remove what tells of the exporting machine and process rather than of the architecture."""
     model.producer_name, model.producer_version, model.doc_string = "dynlora", None, None
     model.metadata_props.clear()
@@ -214,7 +219,7 @@ def _strip(model: ir.Model) -> None:
 
 
 def _move_weights_out(
-    graph: ir.Graph,
+    graph: "ir.Graph",
     specs: Mapping[str, TensorSpec],
     places: Mapping[str, tuple[int, int]],
     constants: frozenset[str],
@@ -224,6 +229,8 @@ def _move_weights_out(
     Raises:
         ExportError: an initializer of a weight's size that is not a tensor of the state dict.
     """
+    import onnx_ir as ir
+
     for value in list(graph.initializers.values()):
         name, tensor = str(value.name).removeprefix("model."), value.const_value
         assert tensor is not None, f"initializer {name} without a value"

@@ -31,9 +31,18 @@ class VersionMaker:
         self.preprocess_cfg = open_clip.get_model_preprocess_cfg(self.model)
         self.image_size: tuple[int, int] = self.model.visual.image_size
         self.context_length: int = self.model.context_length
+        self.bundled = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self._static: dict[str, bytes] = {}  # what was exported once
 
     def write_static_files(self, directory: Path) -> None:
         """Write what all versions share: graphs, preprocessing, tokenizer, open_clip's config."""
+        if not self._static:
+            self._make_static_files(directory)
+            self._static = {path.name: path.read_bytes() for path in directory.iterdir()}
+        for name, content in self._static.items():
+            (directory / name).write_bytes(content)
+
+    def _make_static_files(self, directory: Path) -> None:
         from deploy.export import export_graphs
         from deploy.preprocess import Preprocessing
         from deploy.tokenize import build_tokenizer_json
@@ -83,6 +92,7 @@ class VersionMaker:
         from deploy.store import VersionStore
         from deploy.weights import write_weights
 
+        self.model.load_state_dict(self.bundled)  # another version may have left others
         store = VersionStore(serving_dir)
         store.create()
         staging = store.stage("initial")
@@ -160,13 +170,6 @@ def version_maker() -> VersionMaker:
 @pytest.fixture(scope="session")
 def version_dir(version_maker: VersionMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Path of a complete published version 0; read-only."""
-    import safetensors.torch
-
-    from dynlora.clip import BUNDLED_WEIGHTS
-
-    # Another test may have left other weights in the model.
-    state = safetensors.torch.load_file(BUNDLED_WEIGHTS)
-    version_maker.model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return version_maker.publish_first(tmp_path_factory.mktemp("store") / "serving")
 
 

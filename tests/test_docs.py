@@ -3,20 +3,22 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 import daemon.cli
+from daemon.home import create_home
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = ROOT / "README.md"
-DYNLORA = Path(sys.executable).with_name("dynlora")
 KNOWN_PROGRAMS = {"cp", "mkdir", "ls", "openssl", "python", "pip", "systemctl", "usermod"}
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
@@ -161,15 +163,13 @@ def test_every_dependency_has_its_reason() -> None:
     assert sorted(name for name in required if name not in reasons) == []
 
 
-def test_python_in_the_readme_runs(tmp_path: Path) -> None:
+def test_python_in_the_readme_runs(tmp_path: Path, version_maker: Any) -> None:
     """The snippets work as printed on a fresh home with the bundled model, in one go."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "names.txt").write_text("shoes\nhat\ndress\n")
+    create_home(tmp_path / "dynlora-home")
+    shutil.rmtree(tmp_path / "dynlora-home" / "serving")
+    version_maker.publish_first(tmp_path / "dynlora-home" / "serving", ("shoes", "hat", "dress"))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    init = [str(DYNLORA), "init", "dynlora-home", "--classes", "names.txt"]
-    done = subprocess.run(init, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
     code = "\n".join(blocks(README, "python"))
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -38,7 +38,7 @@ BLOCKS = {
 SITES_OF_A_BLOCK = {"timm_vitamin": 7, "timm_convnext": 2}  # else six
 
 
-EVERY_DAY = ("native", "timm_pvt", "timm_vit", "timm_eva02", "timm_swin")
+EVERY_DAY = ("native", "timm_pvt", "timm_vit", "timm_eva02")
 
 
 @pytest.fixture(

@@ -32,6 +32,7 @@ steps = {steps}
 threads = 1
 dtype = "float32"
 checkpoint_seconds = 0.3
+standby = {standby}
 [exam]
 fraction = {exam}
 min_gain = {min_gain}
@@ -50,9 +51,10 @@ class Home:
         self.spool, self.store = Spool(path), VersionStore(path / "serving")
         self.configure()
 
-    def configure(self, *, steps=16, min_gain=0.0, exam=0.2):
+    def configure(self, *, steps=8, min_gain=0.0, exam=0.2, standby="false"):
         """Write the configuration."""
-        (self.path / "config.toml").write_text(CONFIG.format(steps=steps, min_gain=min_gain, exam=exam))
+        text = CONFIG.format(steps=steps, min_gain=min_gain, exam=exam, standby=standby)
+        (self.path / "config.toml").write_text(text)
 
     def dynlora(self, *arguments, timeout=120):
         """Run one command to its end."""

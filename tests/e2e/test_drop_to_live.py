@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import pytest
+
 from daemon.exams import load_exams
 from tests.e2e.conftest import IMAGES, asking, wait_until
 
@@ -36,6 +38,7 @@ def test_the_program_answers_with_the_new_classes(undisturbed):
 
 def test_a_folder_copied_into_the_inbox_of_a_running_daemon_is_seen_by_a_client(e2e_home):
     """No command at all: `cp -r`, and a client answers with the new version without a failed request."""
+    e2e_home.configure(standby="true")  # as by default
     daemon = e2e_home.start(once=False)
     try:
         with asking(e2e_home) as (seen, errors):
@@ -75,6 +78,7 @@ def test_a_batch_that_gains_too_little_is_held_with_exit_code_3_until_it_is_prom
     assert e2e_home.dynlora("verify").returncode == 0
 
 
+@pytest.mark.nightly  # every day: the same way through a full disk, and the same sentence from load_clip
 def test_init_says_what_is_wrong_with_a_model_name(e2e_home, tmp_path):
     """One sentence from the worker, exit code 1, and the path can be used again."""
     e2e_home.path = tmp_path / "other"
@@ -85,6 +89,7 @@ def test_init_says_what_is_wrong_with_a_model_name(e2e_home, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.nightly  # every day: the worker alone, in test_home_faults
 def test_weights_of_the_live_version_cut_short_stop_learning_with_the_batch_kept(e2e_home):
     """The worker names the damaged file; the batch waits in work/, for it is not to blame."""
     weights = e2e_home.store.path(0) / "weights.safetensors"

@@ -76,6 +76,7 @@ def test_too_little_space_for_a_new_version_is_noticed_before_learning(small_hom
     check_it_goes_on(small_home)
 
 
+@pytest.mark.nightly  # every day: with a stand-in for the worker, in daemon/running/test_full_disk
 @pytest.mark.parametrize("moment", ["while it learns", "before it is published"])
 def test_a_disk_that_fills_up_while_a_batch_is_worked_on_costs_time_and_nothing_else(small_home, moment):
     """Whatever stops it says why; the live version stays whole; afterwards the batch is learnt."""

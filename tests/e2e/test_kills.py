@@ -15,7 +15,7 @@ from tests.e2e.conftest import Home, asking, kill, wait_until
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("kills", "seed"),
-    [pytest.param(2, 1, id="2-kills"), pytest.param(10, 2, id="10-kills", marks=pytest.mark.nightly)],
+    [pytest.param(1, 1, id="1-kill"), pytest.param(10, 2, id="10-kills", marks=pytest.mark.nightly)],
 )
 def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(
     initialised, undisturbed, tmp_path, kills, seed

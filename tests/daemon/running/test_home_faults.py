@@ -10,6 +10,7 @@ import pytest
 
 from daemon import cli_feed
 from deploy.store import VersionStore
+from tests.daemon.running.conftest import QUICK_TOML, make_home
 from tests.daemon.running.programs import ROOT
 
 
@@ -57,6 +58,10 @@ def _lose_version(home):
     shutil.rmtree(home / "serving" / "versions" / "0")
 
 
+def _fill_up(home):
+    (home / "spool" / "work" / "filler").write_bytes(bytes(4096))
+
+
 def _cut_weights(home):
     path = home / "serving" / "versions" / "0" / "weights.safetensors"
     content = path.read_bytes()
@@ -64,41 +69,58 @@ def _cut_weights(home):
     path.write_bytes(content[: len(content) // 2])
 
 
-def work(home, *options):
-    """Run the real worker on the batch of this file; its exit code and the last thing it said."""
-    arguments = ["adapt", "--home", home, "--batch", "000001-cups", "--parent", "0", *options]
+# The real worker, several times in one process of its own: importing torch takes it longer than all else.
+WORKERS = """
+import json, sys
+from daemon import worker
+for arguments in json.load(sys.stdin):
+    try:
+        worker.main(arguments)
+    except SystemExit as ended:
+        print(json.dumps({"event": "ended", "code": ended.code}), flush=True)
+"""
+
+
+def work(homes):
+    """Run the real worker on the batch of this file in each home; exit codes and the last things said."""
+    options = ("--batch", "000001-cups", "--parent", "0", "--parent-pid", str(os.getpid()))
+    orders = [
+        [*options[4:], "adapt", "--home", str(home), "--config", str(home / "config.toml"), *options[:4]]
+        for home in homes
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "daemon.worker", "--parent-pid", str(os.getpid()), *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        [sys.executable, "-c", WORKERS], input=json.dumps(orders), cwd=ROOT,
+        capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
-    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    ends = [number for number, message in enumerate(said) if message["event"] == "ended"]
+    return [(said[end]["code"], said[end - 1]) for end in ends]
 
 
-@pytest.mark.parametrize("spoil", [_misspell, _lose_version, _cut_weights])
-def test_a_worker_blames_the_home_for_its_configuration_and_its_versions(quick_home, spoil):
-    """A typo, a version that is gone, or live weights cut short: no batch is to blame."""
-    spoil(quick_home)
-    batch_dir = quick_home / "spool" / "work" / "000001-cups"
-    batch_dir.mkdir(parents=True)
-    (batch_dir / "batch.json").write_text(EMPTY_BATCH)
-    code, said = work(quick_home, "--config", quick_home / "config.toml")
+def test_a_worker_blames_the_home_for_its_configuration_its_versions_and_its_disk(
+    version_dir, tmp_path, mount_tmpfs
+):
+    """A typo, a version that is gone, live weights cut short, a full disk: no batch is to blame.
 
-    assert (code, said["fault"]) == (1, "home"), said
+    No attempt is lost to them, and the sentence about the disk says what to do.
+    """
+    homes = [make_home(version_dir, tmp_path / str(number)) for number in range(4)]
+    for home in homes:
+        (home / "config.toml").write_text(QUICK_TOML)
+        work_dir = home / "spool" / "work"
+        if home is homes[-1]:
+            work_dir.rmdir()
+            work_dir.symlink_to(mount_tmpfs("small", 8192))  # two pages
+        (work_dir / "000001-cups").mkdir(parents=True)
+        (work_dir / "000001-cups" / "batch.json").write_text(EMPTY_BATCH)
+    for spoil, home in zip((_misspell, _lose_version, _cut_weights, _fill_up), homes, strict=True):
+        spoil(home)
+    ended = work(homes)
 
-
-def test_a_worker_blames_the_home_for_a_full_disk(quick_home, mount_tmpfs):
-    """No attempt is lost to it, and the sentence says what to do."""
-    batch_dir = quick_home / "spool" / "work" / "000001-cups"
-    batch_dir.parent.rmdir()
-    disk = mount_tmpfs("small", 8192)  # two pages
-    batch_dir.parent.symlink_to(disk)
-    batch_dir.mkdir()
-    (batch_dir / "batch.json").write_text(EMPTY_BATCH)
-    (disk / "filler").write_bytes(bytes(4096))
-    code, said = work(quick_home)
-
-    assert (code, said["fault"], said["retry"]) == (1, "home", True), said
-    assert said["message"].startswith("the disk is full (No space left on device: ")
+    assert [(code, said["fault"]) for code, said in ended] == [(1, "home")] * 4, ended
+    assert "learning.steps" in ended[0][1]["message"]
+    assert ended[3][1]["retry"] is True
+    assert ended[3][1]["message"].startswith("the disk is full (No space left on device: ")
 
 
 def test_init_on_a_full_disk_says_so_and_publishes_nothing(mount_tmpfs):
