@@ -24,6 +24,7 @@ from deploy.manifest import (
     OPEN_CLIP_CONFIG_NAME,
     PREPROCESSOR_NAME,
     WEIGHTS_NAME,
+    ClassEntry,
     load_classes,
 )
 from deploy.preprocess import Preprocessing
@@ -62,7 +63,7 @@ def analyze_batch(home: Path, wanted: Wanted, config: Config, *, outlet: Outlet)
         version_dir / OPEN_CLIP_CONFIG_NAME, version_dir / WEIGHTS_NAME, manifest.architecture
     )
     preprocessing = Preprocessing.load(version_dir / PREPROCESSOR_NAME)
-    known = [Name(entry.name, entry.template) for entry in load_classes(version_dir).classes]
+    known = load_classes(version_dir).classes
     with _batch(home, wanted.source, config) as (base, batch):
         task, held_out = _task(batch, base, preprocessing, known)
     probe = None
@@ -128,13 +129,16 @@ def _batch(home: Path, source: str, config: Config) -> Iterator[tuple[Path, Batc
         )
 
 
-def _task(batch: Batch, base: Path, preprocessing: Preprocessing, known: list[Name]) -> tuple[Task, Probe]:
+def _task(
+    batch: Batch, base: Path, preprocessing: Preprocessing, known: Sequence[ClassEntry]
+) -> tuple[Task, Probe]:
     """What is learnt, and what is held out of learning: the batch's tuning and exam images."""
     classes = _classes(batch)
-    own = {c.name for c in classes}
+    own = {c.key for c in batch.classes}  # however it is spelt, a name is not another one than itself
     pixels, labels = load_images(batch, batch.split("train"), base, preprocessing)
     held = [image for image in batch.images if image.split != "train"]
-    task = Task(classes, pixels, labels, known=[name for name in known if name.name not in own])
+    others = [Name(entry.name, entry.template) for entry in known if entry.key not in own]
+    task = Task(classes, pixels, labels, known=others)
     return task, Probe(classes, *load_images(batch, held, base, preprocessing))
 
 

@@ -109,7 +109,9 @@ def _ask(version_dir: Path, images: Sequence[tuple[Path, str]], labels: Sequence
     return replies
 
 
-def _ask_part(version: LoadedVersion, part: Sequence[tuple[Path, str]], labels: Sequence[str]) -> list[_Reply]:
+def _ask_part(
+    version: LoadedVersion, part: Sequence[tuple[Path, str]], labels: Sequence[str]
+) -> list[_Reply]:
     """An answer for each image of one batch.
 
     Raises:

@@ -5,7 +5,7 @@ done.
 revert) are carried out nevertheless: whoever gives them means it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -120,8 +120,11 @@ class Resting:
         Raises:
             StoreError: a version's manifest cannot be read.
         """
-        manifests = map(self._store.manifest, self._store.versions())
-        before, self.rest = self.rest, why_rest(read_pause(self._home), config, manifests, now)
+        before, self.rest = self.rest, why_rest(read_pause(self._home), config, self._manifests(), now)
         if self.rest != before:
             logs.log("resting" if self.rest else "going on", why=self.rest.why if self.rest else None)
         return self.rest
+
+    def _manifests(self) -> Iterator[Manifest]:
+        """Of all versions; nothing is read before the first is asked for."""
+        yield from map(self._store.manifest, self._store.versions())

@@ -5,5 +5,7 @@ import unicodedata
 
 
 def same_name_key(name: str) -> str:
-    """Composed, case-folded, with runs of space, `_` and `-` as one space."""
-    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name).casefold()).strip()
+    """Case-folded and composed, with runs of space, `_` and `-` as one space."""
+    # Folding can undo a composition, and composing first can hide a letter from it.
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+    return re.sub(r"[\s_-]+", " ", folded).strip()

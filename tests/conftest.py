@@ -1,10 +1,14 @@
 """Fixtures of the whole suite: real published versions of the bundled model, made once and copied."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others: more threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

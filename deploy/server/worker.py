@@ -89,11 +89,15 @@ class Worker:
         versions = self._serving.state.versions
         before = versions.loaded[0] if versions.loaded else None
         slot = self._slots.pop(epoch)
+        # A worker that came while this epoch was brought in may have loaded the one before for nothing.
+        earlier = [self._slots.pop(number) for number in sorted(self._slots) if number < epoch]
+        held = [*([self._previous] if self._previous else []), *earlier]
+        self._previous = None
         versions.flip(slot)
-        if self._previous is not None:
-            if before is None:
-                versions.keep_previous(self._previous)
-            self._previous = None
+        if before is None and held:
+            versions.keep_previous(held.pop())
+        for passed_over in held:
+            passed_over.release()
         self._serving.state.metrics.swapped(slot, before, MODELS, counts=counts)
         self._serving.state.metrics.swap_took("switch", time.monotonic() - started)
         if not self._started.done():

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from daemon.adaptation import _hooks, load_task
+from daemon.analysing import _task
 from daemon.batch import Batch, BatchClass, BatchImage
 from daemon.errors import BatchError
 from deploy.manifest import ClassEntry
@@ -88,6 +89,15 @@ def test_images_are_learnt_as_they_were_taken_in(batch, tmp_path):
     task = load(batch, tmp_path)
 
     assert (len(task.pixels), len(task.tune_pixels)) == (1, 1)
+
+
+def test_an_analysis_asks_about_a_known_class_once_however_the_folder_spells_it(batch, tmp_path):
+    """Otherwise the right answer under another spelling would count as a wrong one."""
+    known = [ClassEntry(name=name, key=name.lower(), template="a {}") for name in ("Cups", "plates")]
+    task, held_out = _task(batch, tmp_path, Preprocessing((16, 16), (0.5,) * 3, (0.5,) * 3), known)
+
+    assert [name.name for name in task.known] == ["plates"]
+    assert (len(task.labels), len(held_out.labels)) == (1, 1)
 
 
 @pytest.mark.parametrize("number", [0, 1])
