@@ -15,6 +15,41 @@ import pytest
 
 CLASS_NAMES = ("cat", "harbour", "red t-shirt", "handwritten letter", "pine tree", "bicycle")
 TEMPLATE = "a photo of a {}."
+# Begun first where several processes share the tests: a long file at the end leaves all but one idle.
+LONGEST = (
+    *("tests/e2e", "tests/faults/test_lives.py", "tests/dynlora/test_retaining.py"),
+    *("tests/examples/test_pretrain.py", "tests/benchmarks/test_stream.py", "tests/deploy/test_export.py"),
+    *("tests/daemon/running/test_analyze.py", "tests/deploy/test_client.py"),
+)
+
+
+def scope_of(nodeid: str) -> str:
+    """What one process runs as a whole: a file; all of e2e, whose homes are made once then."""
+    file = nodeid.partition("::")[0]
+    return "tests/e2e" if file.startswith("tests/e2e/") else file
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a process that is one of several: the longest first."""
+    if hasattr(config, "workerinput"):
+        items.sort(
+            key=lambda item: LONGEST.index(scope) if (scope := scope_of(item.nodeid)) in LONGEST else 99
+        )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out files in the order they were collected; `--dist loadfile` begins with those of most tests."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return Scheduler(config, log)
 
 
 class VersionMaker:

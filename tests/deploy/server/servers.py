@@ -27,8 +27,9 @@ class Server:
     def __init__(self, serving_dir: Path, *options: str, prefix: Sequence[str] = ()) -> None:
         command = [*prefix, sys.executable, "-m", "daemon.cli", "serve", "--store", str(serving_dir)]
         port = () if "--uds" in options else ("--port", "0")
+        drain = () if "--drain" in options else ("--drain", "0")  # nobody is to be sent elsewhere first
         self.process = subprocess.Popen(
-            [*command, *port, *options],
+            [*command, *port, *drain, *options],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
