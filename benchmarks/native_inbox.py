@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.packs import decoded, images_of
 from benchmarks.program import dynlora
-from deploy.preprocess import decode_image
 from deploy.runtime import LoadedVersion
 
 DOMAINS = {"clothing": "clothing.zip", "groceries": "groceries.zip", "objects": "caltech_objects.zip"}
@@ -37,13 +37,10 @@ class Pack:
 
     def __init__(self, path: Path, only: list[str] | None = None) -> None:
         by_class = defaultdict(list)
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                parts = name.split("/")
-                if len(parts) == 3 and parts[0] == "test" and parts[2] and (not only or parts[1] in only):
-                    by_class[parts[1]].append(decode_image(archive.read(name)))
+        for label, name in images_of(path, "test"):
+            by_class[label].append(name)
         self.classes = only or sorted(by_class)
-        self.images = [image for name in self.classes for image in by_class[name]]
+        self.images = decoded(path, [name for label in self.classes for name in by_class[label]])
         self.labels = np.repeat(np.arange(len(self.classes)), [len(by_class[n]) for n in self.classes])
 
     def accuracy(self, version: LoadedVersion, names: list[str]) -> float:

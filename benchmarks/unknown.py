@@ -11,7 +11,6 @@ Without --serving the bundled model answers, as it is before it learns anything.
 
 import argparse
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import models, reporting
-from deploy.preprocess import decode_image
+from benchmarks.packs import decoded, images_of
 from deploy.runtime import LoadedVersion
 from deploy.store import VersionStore
 
@@ -51,11 +50,10 @@ class Pack:
 
 def read_pack(path: Path, version: LoadedVersion, *, most: int) -> Pack:
     """Embed at most so many pictures of a pack's test split, drawn from the whole of it."""
-    with zipfile.ZipFile(path) as archive:
-        files = [f for f in archive.namelist() if f.startswith("test/") and not f.endswith("/")]
-        names = tuple(sorted({file.split("/")[1] for file in files}))
-        chosen = np.random.default_rng(_SEED).permutation(len(files))[:most]
-        pictures = [decode_image(archive.read(files[index])) for index in sorted(chosen)]
+    files = images_of(path, "test")
+    names = tuple(sorted({name for name, _ in files}))
+    chosen = np.random.default_rng(_SEED).permutation(len(files))[:most]
+    pictures = decoded(path, [files[index][1] for index in sorted(chosen)])
     parts = [pictures[i : i + _AT_ONCE] for i in range(0, len(pictures), _AT_ONCE)]
     print(f"{path.stem}: {len(names)} names, {len(pictures)} pictures", flush=True)
     return Pack(names, np.concatenate([version.encode_images(part) for part in parts]))

@@ -4,8 +4,6 @@ Images are decoded once, through the preprocessing that serving uses. Which trai
 which are held out to tune on, follows from the seed; neither ever holds an image of the test split.
 """
 
-import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploy.decode import decode_image
+from benchmarks.packs import decoded, images_of
 from deploy.preprocess import Preprocessing
 from dynlora.prompts import DEFAULT_TEMPLATE
 from dynlora.task import Name, Task
@@ -85,15 +83,9 @@ class Pack:
     def __init__(self, path: Path, preprocessing: Preprocessing) -> None:
         self.path, self.preprocessing = path, preprocessing
         self._members: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for member in sorted(archive.namelist()):
-                    split, _, rest = member.partition("/")
-                    label, _, file = rest.partition("/")
-                    if split in self._members and file:
-                        self._members[split].setdefault(label, []).append(member)
-        except FileNotFoundError:
-            sys.exit(f"{path} is not there; name the folder of the image packs with --data")
+        for split, by_class in self._members.items():
+            for label, member in sorted(images_of(path, split)):
+                by_class.setdefault(label, []).append(member)
         self.classes = sorted(self._members["test"])
 
     def train(self, seed: int, *, shots: int, held_out: int) -> tuple[Images, Images]:
@@ -111,8 +103,7 @@ class Pack:
         return self._load([self._members["test"][name][:per_class] for name in self.classes])
 
     def _load(self, per_class: list[list[str]]) -> Images:
-        with zipfile.ZipFile(self.path) as archive:
-            images = [decode_image(archive.read(member)) for members in per_class for member in members]
+        images = decoded(self.path, [member for members in per_class for member in members])
         labels = np.repeat(np.arange(len(per_class)), [len(members) for members in per_class])
         return Images(torch.from_numpy(self.preprocessing(images)), torch.from_numpy(labels))
 
