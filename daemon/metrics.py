@@ -30,6 +30,7 @@ from deploy.store import VersionStore
 
 OUTCOMES = ("published", "held", "failed", "duplicate")
 DAEMON_STATES = ("idle", "working", "waiting", "pinned", "paused", "resting")
+_AFTER_TRAINING = ("fold", "verify", "exam")
 STAGES = ("load", "score", "train", "fold", "verify", "exam")
 _STAGE_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14_400)
 _LIFE_BUCKETS = (10, 30, 60, 120, 300, 900, 3600, 14_400, 86_400, 604_800)  # seconds; up to a week
@@ -42,7 +43,11 @@ class Metrics:
     def __init__(self, spool: Spool, store: VersionStore, release: str) -> None:
         self._spool, self._store = spool, store
         self._shown: int | None = None  # the version whose figures the gauges show
-        self._step: tuple[object, int] = (None, 0)  # the batch at work and its last step
+        self._step: tuple[object, int, int] = (
+            None,
+            0,
+            0,
+        )  # the batch at work, its step, of how many
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -173,11 +178,17 @@ class Metrics:
             self._shown = live
 
     def count_steps(self, working: Mapping[str, Any]) -> None:
-        """Count the training steps that were made since the last call."""
+        """Count the training steps that were made since the last call, those of a phase that is over too."""
         is_training = working.get("phase") == "train" and "step" in working
-        before, self._step = self._step, (working.get("batch"), working["step"] if is_training else 0)
-        if is_training and before[0] == self._step[0] and self._step[1] > before[1]:
-            self._steps.inc(self._step[1] - before[1])
+        batch, before, steps = self._step
+        now = working["step"] if is_training else 0
+        self._step = (working.get("batch"), now, working.get("steps", 0) if is_training else 0)
+        if batch != self._step[0]:
+            return
+        if not is_training and working.get("phase") in _AFTER_TRAINING:
+            now = steps  # 0 unless it was training when last seen
+        if now > before:
+            self._steps.inc(now - before)
 
     def _show_work(self, working: Mapping[str, Any]) -> None:
         is_training = working.get("phase") == "train" and working.get("steps")
