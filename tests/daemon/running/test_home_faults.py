@@ -71,13 +71,15 @@ def _cut_weights(home):
 
 # The real worker, several times in one process of its own: importing torch takes it longer than all else.
 WORKERS = """
-import json, sys
+import json, os, sys
 from daemon import worker
+stdout = os.dup(1)
 for arguments in json.load(sys.stdin):
+    os.dup2(stdout, 1)  # a worker keeps it for itself
     try:
         worker.main(arguments)
     except SystemExit as ended:
-        print(json.dumps({"event": "ended", "code": ended.code}), flush=True)
+        os.write(stdout, json.dumps({"event": "ended", "code": ended.code}).encode() + b"\\n")
 """
 
 
@@ -104,21 +106,28 @@ def test_a_worker_blames_the_home_for_its_configuration_its_versions_and_its_dis
 
     No attempt is lost to them, and the sentence about the disk says what to do.
     """
-    homes = [make_home(version_dir, tmp_path / str(number)) for number in range(4)]
-    for home in homes:
+    spoils, skipped = [_misspell, _lose_version, _cut_weights], None
+    try:
+        disk = mount_tmpfs("small", 8192)  # two pages
+        spoils.append(_fill_up)
+    except pytest.skip.Exception as skip:
+        skipped = skip  # the others can be tried all the same
+    homes = [make_home(version_dir, tmp_path / str(number)) for number in range(len(spoils))]
+    for home, spoil in zip(homes, spoils, strict=True):
         (home / "config.toml").write_text(QUICK_TOML)
         work_dir = home / "spool" / "work"
-        if home is homes[-1]:
+        if spoil is _fill_up:
             work_dir.rmdir()
-            work_dir.symlink_to(mount_tmpfs("small", 8192))  # two pages
+            work_dir.symlink_to(disk)
         (work_dir / "000001-cups").mkdir(parents=True)
         (work_dir / "000001-cups" / "batch.json").write_text(EMPTY_BATCH)
-    for spoil, home in zip((_misspell, _lose_version, _cut_weights, _fill_up), homes, strict=True):
         spoil(home)
     ended = work(homes)
 
-    assert [(code, said["fault"]) for code, said in ended] == [(1, "home")] * 4, ended
+    assert [(code, said["fault"]) for code, said in ended] == [(1, "home")] * len(homes), ended
     assert "learning.steps" in ended[0][1]["message"]
+    if skipped is not None:
+        raise skipped
     assert ended[3][1]["retry"] is True
     assert ended[3][1]["message"].startswith("the disk is full (No space left on device: ")
 
