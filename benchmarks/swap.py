@@ -1,6 +1,6 @@
 """Eight callers in closed loops against a client whose versions are swapped under them.
 
-    python -m benchmarks.swap [--swaps 100] [--model bundled|ViT-B-16] [--callers 8] [--quick]
+    python -m benchmarks.swap [--swaps 100] [--model bundled|ViT-B-16] [--callers 8] [--seconds S] [--quick]
 
 The client, its loading and the callers are one process, as in a program that serves; one more process
 publishes new versions, with other weights each, into a real store. With two cores or more the publisher has
@@ -12,8 +12,9 @@ compared with that of the version it names.
 *first*   the request that began first among those that a version answered
 *growth*  of resident memory between two swaps, from the second fifth to the last, reckoned for 200 swaps
 
-The negative control is a client that keeps its old versions: it must fail the same check. A quick run swaps
-six times and writes no results.
+The negative control is a client that keeps its old versions: it must fail the same check; to be done sooner,
+it has two callers. Loading a large model beside callers that are never idle takes minutes: no swap begins
+after --seconds, and the result says how many there were. A quick run swaps six times and writes no results.
 """
 
 import argparse
@@ -41,8 +42,10 @@ PICTURES = 4
 TOLERANCE = 1e-4  # |difference| of an embedding's element; versions differ by a hundred times as much
 GROWTH_BYTES = 100e6
 GROWTH_SWAPS = 200
-CONTROL_SWAPS = 10
+CONTROL_SWAPS, CONTROL_CALLERS = 10, 2
 KEEP_FULL = 3
+SECONDS = {"bundled": 480.0, "ViT-B-16": 330.0}  # so that all of it takes less than ten minutes
+CONTROL_SHARE = 0.25  # of the time, on top
 
 
 class LeakingClient(Client):
@@ -125,10 +128,17 @@ class Measured:
     resident: list[int]  # bytes between two swaps
 
 
-def measure(
-    kind: type[Client], store: VersionStore, pixels: np.ndarray, *, swaps: int, callers: int
-) -> Measured:
-    """Swap so many times under so many callers."""
+@dataclass(frozen=True)
+class Amount:
+    """How many swaps under how many callers; none begins after so many seconds."""
+
+    swaps: int
+    callers: int
+    seconds: float
+
+
+def measure(kind: type[Client], store: VersionStore, pixels: np.ndarray, amount: Amount) -> Measured:
+    """Swap versions under callers."""
     loads: list[tuple[float, float]] = []
     has_loaded = threading.Event()
 
@@ -146,7 +156,7 @@ def measure(
         orders = stack.enter_context(publisher(store, Path(folder), pixels))
         client = stack.enter_context(kind(store.serving_dir, threads=1, poll_seconds=0.05, on_event=on_event))
         switches = time_switches(client)
-        measured = Measured([Caller() for _ in range(callers)], loads, switches, [])
+        measured = Measured([Caller() for _ in range(amount.callers)], loads, switches, [])
         stop = threading.Event()
         threads = [
             threading.Thread(target=caller.run, args=(client, expected, index % PICTURES, stop))
@@ -154,9 +164,13 @@ def measure(
         ]
         for thread in threads:
             thread.start()
-        for done in range(swaps):
-            if done % 10 == 0:
-                print(f"{kind.__name__}: {done} of {swaps} swaps", flush=True)
+        began = time.monotonic()
+        for done in range(amount.swaps):
+            seconds = time.monotonic() - began
+            if seconds > amount.seconds:
+                break
+            if done % 10 == 0 or seconds > 10 * done:
+                print(f"{kind.__name__}: {done} of {amount.swaps} swaps, {seconds:.0f} s", flush=True)
             has_loaded.clear()
             orders.send("publish")
             orders.recv()
@@ -272,9 +286,8 @@ def describe(result: dict[str, Any]) -> str:
         ["the same, leaking client", f"{control:.0f} MB",
          "fails the check, as it must" if control > limit else "PASSES, so the check says nothing"],
     ]  # fmt: skip
-    return f"{result['model']}, {result['callers']} callers; {result['sharing']}.\n\n" + reporting.table(
-        ["what", "figure", "goal"], rows
-    )
+    who = f"{result['model']}, {result['callers']} callers, {CONTROL_CALLERS} of the leaking client"
+    return f"{who}; {result['sharing']}.\n\n" + reporting.table(["what", "figure", "goal"], rows)
 
 
 def main() -> None:
@@ -285,20 +298,22 @@ def main() -> None:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--callers", type=int, default=8)
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     where, cores = reporting.machine(), len(os.sched_getaffinity(0))
     swaps, control_swaps = (6, 5) if options.quick else (options.swaps, CONTROL_SWAPS)
+    seconds = options.seconds or SECONDS.get(options.model, max(SECONDS.values()))
     with tempfile.TemporaryDirectory() as scratch:
         store = models.found(Path(scratch, "home"), options.model)
         with np.load(store.path(0) / "reference.npz") as arrays:
             pixels = arrays["pixel_values"][:PICTURES]
-        callers = options.callers
-        result = figures(measure(Client, store, pixels, swaps=swaps, callers=callers))
-        control = measure(LeakingClient, store, pixels, swaps=control_swaps, callers=callers)
+        result = figures(measure(Client, store, pixels, Amount(swaps, options.callers, seconds)))
+        less = Amount(control_swaps, CONTROL_CALLERS, CONTROL_SHARE * seconds)
+        control = measure(LeakingClient, store, pixels, less)
     result |= {
         "model": options.model,
-        "callers": callers,
+        "callers": options.callers,
         "control_growth_bytes": growth_bytes(control.resident),
         "sharing": "one core for all"
         if cores == 1
