@@ -13,9 +13,10 @@ from starlette.types import Receive, Scope, Send
 from deploy.server.engine import Call
 from deploy.server.exchange import Shortcuts, header_of, read_body, reply
 from deploy.server.models import MODELS, Model, Outputs
+from deploy.server.outputs import build_response
 from deploy.server.problems import Problem
 from deploy.server.state import State, release, state_of
-from deploy.server.tensors import InferRequest, build_response, parse_request
+from deploy.server.tensors import InferRequest, parse_request
 from deploy.server.versions import Slot
 
 HEADER_LENGTH = b"inference-header-content-length"

@@ -1,4 +1,4 @@
-"""The wire format of the Open Inference Protocol v2: JSON, and the binary tensor extension.
+"""Requests of the Open Inference Protocol v2: JSON, and the binary tensor extension.
 
     POST body = JSON header, then the raw tensors in its order (little-endian, row-major);
     the header's length is in the HTTP header Inference-Header-Content-Length
@@ -30,9 +30,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-# Made once: json.loads and json.dumps would make new ones for each request.
+# Made once: json.loads would make a new one for each request.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_ENCODER = json.JSONEncoder(separators=(",", ":"))  # in ASCII: an id may hold half a surrogate pair
 
 _DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
 
@@ -140,33 +139,6 @@ def parse_json(text: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise Problem(400, f"expected a JSON object, found {type(document).__name__}")
     return document
-
-
-def build_response(
-    head: dict[str, Any], outputs: dict[str, NDArray[Any]], binary: dict[str, bool]
-) -> tuple[bytes, int | None]:
-    """Return the body and, where a tensor is binary, the length of its JSON header.
-
-    Args:
-        head: model_name, model_version and the like.
-        outputs: float32 arrays, or arrays of str objects, which become BYTES.
-        binary: which outputs are wanted, and which of them as raw bytes.
-    """
-    documents, buffers = [], []
-    for name, is_binary in binary.items():
-        tensor = outputs[name]
-        datatype = "BYTES" if _is_text(tensor) else "FP32"
-        document: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(tensor.shape)}
-        if is_binary:
-            buffers.append(_to_bytes(tensor))
-            document["parameters"] = {"binary_data_size": len(buffers[-1])}
-        else:
-            document["data"] = tensor.ravel().tolist()
-        documents.append(document)
-    header = _ENCODER.encode(head | {"outputs": documents}).encode()
-    if not any(binary.values()):
-        return header, None
-    return b"".join([header, *buffers]), len(header)
 
 
 def _inputs(
@@ -299,14 +271,3 @@ def _object(document: dict[str, Any], key: str) -> dict[str, Any]:
     if found is not None and not isinstance(found, dict):
         raise Problem(400, f"`{key}` must be an object")
     return found or {}
-
-
-def _is_text(output: NDArray[Any]) -> bool:
-    return output.dtype == object
-
-
-def _to_bytes(output: NDArray[Any]) -> bytes:
-    if _is_text(output):
-        texts = [text.encode() for text in output.ravel()]
-        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
-    return np.ascontiguousarray(output, "<f4").tobytes()
