@@ -1,6 +1,6 @@
-"""Eight callers in closed loops against a client whose versions are swapped under them.
+"""Callers in closed loops against a client whose versions are swapped under them.
 
-    python -m benchmarks.swap [--swaps 100] [--model bundled|ViT-B-16] [--callers 8] [--seconds S] [--quick]
+    python -m benchmarks.swap [--swaps 100] [--model bundled|ViT-B-16] [--callers N] [--seconds S] [--quick]
 
 The client, its loading and the callers are one process, as in a program that serves; one more process
 publishes new versions, with other weights each, into a real store. With two cores or more the publisher has
@@ -41,11 +41,15 @@ from deploy.store import VersionStore
 
 PICTURES = 4
 TOLERANCE = 1e-4  # |difference| of an embedding's element; versions differ by a hundred times as much
+CALLERS = {
+    "bundled": 8,
+    "ViT-B-16": 2,
+}  # beside 8 of them, loading a ViT-B/16 on their core takes two minutes
 GROWTH_BYTES = 100e6
 GROWTH_SWAPS = 200
 MOMENT_SECONDS = 0.05
 CONTROL_SWAPS, CONTROL_CALLERS = 10, 2
-KEEP_FULL = 3
+KEEP_FULL, LEAST_SWAPS = 3, 3
 SECONDS = {"bundled": 420.0, "ViT-B-16": 240.0}  # so that all of it takes less than ten minutes
 CONTROL_SHARE = 0.25  # of the time, on top
 
@@ -64,6 +68,11 @@ class Caller:
     requests: list[tuple[float, float, int]] = field(default_factory=list)  # start, seconds, version
     failed: list[str] = field(default_factory=list)
     mixed: int = 0
+
+    @property
+    def asked(self) -> int:
+        """How many requests have ended, well or not."""
+        return len(self.requests) + len(self.failed)
 
     def run(self, client: Client, expected: "Expected", picture: int, stop: threading.Event) -> None:
         """Ask for the embedding of one picture until told to stop."""
@@ -180,6 +189,9 @@ def measure(kind: type[Client], store: VersionStore, pixels: np.ndarray, amount:
                 raise RuntimeError(f"a version was not loaded in five minutes: {client.last_error}")
             client.refresh()  # what is no longer used is released here at the latest
             measured.resident.append(resident_bytes())
+        done_before = [caller.asked for caller in measured.callers]
+        while any(c.asked < n + 2 for c, n in zip(measured.callers, done_before, strict=True)):
+            time.sleep(0.05)  # until the last version, too, has answered somebody's first request
         stop.set()
         for thread in threads:
             thread.join()
@@ -228,7 +240,15 @@ def resident_bytes() -> int:
 
 
 def growth_bytes(resident: list[int]) -> float:
-    """Growth over GROWTH_SWAPS swaps, from the medians of the second fifth and of the last."""
+    """Growth over GROWTH_SWAPS swaps, from the medians of the second fifth and of the last.
+
+    Raises:
+        RuntimeError: there were too few swaps to say.
+    """
+    if len(resident) < LEAST_SWAPS:
+        raise RuntimeError(
+            f"{len(resident)} swaps in the time: too few to say how memory grows; see --seconds"
+        )
     fifth = max(1, len(resident) // 5)
     early, late = resident[fifth : 2 * fifth], resident[-fifth:]
     distance = len(resident) - 2 * fifth
@@ -310,23 +330,24 @@ def main() -> None:
     )
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--swaps", type=int, default=100)
-    parser.add_argument("--callers", type=int, default=8)
+    parser.add_argument("--callers", type=int)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     where, cores = reporting.machine(), len(os.sched_getaffinity(0))
     swaps, control_swaps = (6, 5) if options.quick else (options.swaps, CONTROL_SWAPS)
+    callers = options.callers or CALLERS.get(options.model, CALLERS["bundled"])
     seconds = options.seconds or SECONDS.get(options.model, max(SECONDS.values()))
     with tempfile.TemporaryDirectory() as scratch:
         store = models.found(Path(scratch, "home"), options.model)
         with np.load(store.path(0) / "reference.npz") as arrays:
             pixels = arrays["pixel_values"][:PICTURES]
-        result = figures(measure(Client, store, pixels, Amount(swaps, options.callers, seconds)))
+        result = figures(measure(Client, store, pixels, Amount(swaps, callers, seconds)))
         less = Amount(control_swaps, CONTROL_CALLERS, CONTROL_SHARE * seconds)
         control = measure(LeakingClient, store, pixels, less)
     result |= {
         "model": options.model,
-        "callers": options.callers,
+        "callers": callers,
         "control_growth_bytes": growth_bytes(control.resident),
         "sharing": "one core for all"
         if cores == 1
