@@ -141,7 +141,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Amount:
-    """How many swaps under how many callers; none begins after so many seconds."""
+    """How many swaps under how many callers; after so many seconds none begins beyond LEAST_SWAPS."""
 
     swaps: int
     callers: int
@@ -178,7 +178,7 @@ def measure(kind: type[Client], store: VersionStore, pixels: np.ndarray, amount:
         began = time.monotonic()
         for done in range(amount.swaps):
             seconds = time.monotonic() - began
-            if seconds > amount.seconds:
+            if seconds > amount.seconds and done >= LEAST_SWAPS:
                 break
             if done % 10 == 0 or seconds > 10 * done:
                 print(f"{kind.__name__}: {done} of {amount.swaps} swaps, {seconds:.0f} s", flush=True)
