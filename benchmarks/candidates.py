@@ -43,6 +43,7 @@ class Setting:
     payload: str  # pixels | jpeg
     cores: frozenset[int]
     scratch: Path
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)  # what the rivals run before they are asked
 
     @property
     def version_dir(self) -> Path:
@@ -148,6 +149,7 @@ def _environment(setting: Setting, port: int) -> dict[str, str]:
         "BENCH_PORT": str(port),
         "BENCH_CORES": str(len(setting.cores)),
         "BENCH_BATCH_SECONDS": str(BATCH_SECONDS),
+        "BENCH_BATCHES": " ".join(map(str, setting.batches)),
     }
 
 

@@ -183,7 +183,7 @@ def measure(model: str, *, is_quick: bool) -> None:
         try:
             with LoadedVersion(store.path(store.current()), threads=1) as loaded:
                 for payload in PAYLOADS:
-                    setting = Setting(store.serving_dir, payload, theirs, Path(scratch))
+                    setting = Setting(store.serving_dir, payload, theirs, Path(scratch), BATCHES[model])
                     seconds = 1.0 if is_quick else SECONDS[model]
                     result[payload] = compare(setting, loaded, model, seconds)
         finally:

@@ -22,6 +22,7 @@ from deploy.preprocess import Preprocessing, decode_image
 from deploy.runtime import LoadedVersion
 
 _CHUNK = 64  # images in memory at a time, of the model's size: whatever the number of exams
+_KEPT_BYTES = 64 << 20  # of images that are not decoded again for the next version; 1300 of bundled's
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -127,6 +128,8 @@ class Examiner:
     without: frozenset[str] = frozenset()
     warnings: list[str] = field(default_factory=list, init=False)
     _is_settled: bool = field(default=False, init=False)  # a version was graded; no image may drop out now
+    _kept: dict[tuple[Path, Preprocessing], Float32] = field(default_factory=dict, init=False)
+    _kept_bytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         keys = {entry.key for entry in self.classes}
@@ -198,7 +201,7 @@ class Examiner:
             pixels = []
             for index, path in enumerate(sheet.files[start : start + _CHUNK], start):
                 try:
-                    pixels.append(load_pixels(path, version.preprocessing))
+                    pixels.append(self._pixels(path, version.preprocessing))
                 except BatchError as error:
                     self._leave_out(sheet, error)
                 else:
@@ -211,6 +214,17 @@ class Examiner:
             answers=tuple(sheet.answers[index] for index in kept),
         )
         return left, np.concatenate(rows)
+
+    def _pixels(self, path: Path, preprocessing: Preprocessing) -> Float32:
+        """One image, (3, height, width), decoded once for all versions with this preprocessing."""
+        kept = self._kept.get((path, preprocessing))
+        if kept is not None:
+            return kept
+        pixels = load_pixels(path, preprocessing)
+        if self._kept_bytes + pixels.nbytes <= _KEPT_BYTES:
+            self._kept[path, preprocessing] = pixels
+            self._kept_bytes += pixels.nbytes
+        return pixels
 
     def _leave_out(self, sheet: Sheet, error: BatchError) -> None:
         if sheet.batch == self._own:

@@ -294,6 +294,9 @@ class Client:
         try:
             parity = aside(loaded.check_parity)
             aside(lambda: _warm_up(loaded, before))
+            if before is not None:
+                # Under load those runs are long ago: once more, to have the weights in the CPU's caches.
+                loaded.warm_up()
         except BaseException:
             loaded.close()
             raise

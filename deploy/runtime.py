@@ -279,7 +279,8 @@ class LoadedVersion:
         path = self.directory / REFERENCE_NAME
         try:
             arrays = read_arrays(path)
-            vision = self.encode_pixels(arrays["pixel_values"]) - arrays["image_embeds"]
+            vision = self._run(self._vision, "image_embeds", {"pixel_values": arrays["pixel_values"]})
+            vision = vision - arrays["image_embeds"]
             text = self._run(self._text, "text_embeds", {"input_ids": arrays["input_ids"]})
             text = text - arrays["text_embeds"]
             parity = {"vision": float(np.abs(vision).max()), "text": float(np.abs(text).max())}

@@ -17,7 +17,7 @@ from deploy.runtime import LoadedVersion
 def load() -> LoadedVersion:
     """Open and warm the version that the environment names."""
     loaded = LoadedVersion(Path(os.environ["BENCH_VERSION"]), threads=1)
-    loaded.warm_up((1, 2, 4, 8, 16))
+    loaded.warm_up(map(int, os.environ["BENCH_BATCHES"].split()))
     return loaded
 
 

@@ -10,10 +10,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from deploy.errors import DeployError
-from deploy.server import classify, inference, openapi, pages
+from deploy.server import classify, inference, live_version, openapi, pages
+from deploy.server.exchange import Shortcut
 from deploy.server.gate import Gate
 from deploy.server.metrics import CONTENT_TYPE
-from deploy.server.problems import Problem
+from deploy.server.problems import Problem, failure
 from deploy.server.state import State, state_of
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
@@ -23,12 +24,12 @@ def build_app(state: State) -> ASGIApp:
     """Return the application that serves ``state``."""
     app = Starlette(
         routes=[
-            *inference.routes(),
-            *classify.routes(),
+            *inference.routes(state),
+            *classify.routes(state),
             *pages.routes(),
             Route("/openapi.json", openapi_json),
             Route("/metrics", metrics),
-            Route("/version", version),
+            Route("/version", live_version.version),
         ],
         exception_handlers={
             Problem: _tell,
@@ -40,7 +41,8 @@ def build_app(state: State) -> ASGIApp:
     # A path with a slash at its end is not found; a redirect would lose a POST's body.
     app.router.redirect_slashes = False
     app.state.server = state
-    return Gate(app, state)
+    shortcuts = {**inference.shortcuts(state), **classify.shortcuts(state)}
+    return Gate(Shortcut(app, shortcuts), state)
 
 
 async def metrics(request: Request) -> Response:
@@ -48,19 +50,6 @@ async def metrics(request: Request) -> Response:
     state = state_of(request)
     served = [str(slot.version) for slot in state.versions.loaded]
     return Response(state.metrics.text(served), headers={"Content-Type": CONTENT_TYPE})
-
-
-async def version(request: Request) -> Response:
-    """Return the version that answers, the one still loaded beside it, and how many classes are known."""
-    state = state_of(request)
-    slot = state.versions.live
-    document = {
-        "model_version": str(slot.version),
-        "previous": next((str(each.version) for each in state.versions.loaded[1:]), None),
-        "classes": len(slot.loaded.class_names),
-        "created_at": slot.loaded.manifest.created_at.isoformat(timespec="seconds"),
-    }
-    return JSONResponse(document, headers={"Cache-Control": "no-store"})
 
 
 async def openapi_json(request: Request) -> Response:
@@ -92,4 +81,4 @@ async def _tell_http(request: Request, error: Exception) -> Response:
 
 
 async def _tell_unexpected(_: Request, __: Exception) -> Response:
-    return JSONResponse({"error": "the server failed; its log says more"}, 500)
+    return failure()

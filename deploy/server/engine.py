@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from deploy.errors import ImageError
 from deploy.preprocess import decode_image
 from deploy.runtime import LoadedVersion, Prediction
-from deploy.server.batching import Batcher, Run
+from deploy.server.batching import Batcher, Ran, Run
+from deploy.server.preparing import Preparer
 from deploy.server.problems import Problem
 from deploy.server.settings import Limits, Settings
 from deploy.server.versions import Slot
@@ -55,13 +57,15 @@ class Engine:
             max_rows=settings.max_batch,
             max_delay_seconds=settings.max_delay_ms / 1000,
         )
-        self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="dynlora-decode")
+        self._preparer = Preparer(self._batcher)
+        self._others = ThreadPoolExecutor(threads, thread_name_prefix="dynlora-texts")
         self._rankers = ThreadPoolExecutor(1, thread_name_prefix="dynlora-labels")
 
     def close(self) -> None:
         """Finish what was begun and end the threads."""
+        self._preparer.close()
         self._batcher.close()
-        self._decoders.shutdown()
+        self._others.shutdown()
         self._rankers.shutdown()
 
     async def embed_pixels(self, call: Call, pixel_values: Float32) -> Float32:
@@ -94,20 +98,12 @@ class Engine:
         Raises:
             Problem: one cannot be used; says which.
         """
-        loop = asyncio.get_running_loop()
-        started = time.monotonic()
-        jobs = [
-            loop.run_in_executor(self._decoders, self._pixels, call.loaded, file, (index, len(files)))
-            for index, file in enumerate(files)
+        parts = [
+            partial(self._pixels, call.loaded, file, (index, len(files))) for index, file in enumerate(files)
         ]
-        try:
-            rows = await asyncio.gather(*jobs)
-        except BaseException:
-            for job in jobs:
-                job.cancel()
-            raise
-        call.took("decode", time.monotonic() - started)
-        return await self.embed_pixels(call, rows[0] if len(rows) == 1 else np.concatenate(rows))
+        ran = await self._preparer(call.loaded.encode_pixels, parts)
+        call.took("decode", ran.prepare_seconds)
+        return _outputs(call, ran, "the pictures")
 
     async def rank(
         self, call: Call, image_embeds: Float32, labels: Sequence[str] | None, top: int
@@ -129,7 +125,7 @@ class Engine:
         """Run something that takes long enough to be felt on the event loop."""
         loop = asyncio.get_running_loop()
         started = time.monotonic()
-        result = await loop.run_in_executor(self._decoders, function, *arguments)
+        result = await loop.run_in_executor(self._others, function, *arguments)
         call.took(stage, time.monotonic() - started)
         return result
 
@@ -142,9 +138,13 @@ class Engine:
             raise Problem(400, f"{which}{error.reason}") from error
 
     async def _run(self, call: Call, run: Run, rows: NDArray[Any], name: str) -> Float32:
-        ran = await self._batcher(run, rows)
-        call.took("queue", ran.queue_seconds)
-        call.took("infer", ran.infer_seconds)
-        if not np.isfinite(ran.outputs).all():
-            raise Problem(400, f"{name} lead to values that are not finite: NaN, infinite or far too large")
-        return ran.outputs
+        return _outputs(call, await self._batcher(run, rows), name)
+
+
+def _outputs(call: Call, ran: Ran, name: str) -> Float32:
+    """Note the times and return the outputs, if they can be used."""
+    call.took("queue", ran.queue_seconds)
+    call.took("infer", ran.infer_seconds)
+    if not ran.is_finite and not np.isfinite(ran.outputs).all():
+        raise Problem(400, f"{name} lead to values that are not finite: NaN, infinite or far too large")
+    return ran.outputs

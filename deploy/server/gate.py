@@ -12,9 +12,11 @@ import time
 from typing import Any
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.server.problems import Problem
+from deploy.errors import DeployError
+from deploy.server.problems import Problem, failure
 from deploy.server.settings import is_loopback
 from deploy.server.state import State
 
@@ -55,6 +57,11 @@ class Gate:
             pass  # nobody is left to be told anything
         except TimeoutError:
             await exchange.refuse(exchange.timeout_problem())
+        except DeployError as error:
+            await exchange.refuse(Problem(400, str(error)))
+        except Exception:
+            await exchange.answer(failure())
+            raise  # whoever called us writes it into the log
         finally:
             exchange.finish()
 
@@ -146,8 +153,12 @@ class _Exchange:
 
     async def refuse(self, problem: Problem) -> None:
         """Answer with a problem, unless an answer has begun."""
+        await self.answer(problem.response())
+
+    async def answer(self, response: Response) -> None:
+        """Send an answer, unless one has begun."""
         if not self._status:
-            await problem.response()(self._scope, self.receive, self.send)
+            await response(self._scope, self.receive, self.send)
 
     def timeout_problem(self) -> Problem:
         """Return whose fault it is that time ran out."""

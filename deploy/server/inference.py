@@ -2,20 +2,24 @@
 
 import asyncio
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from deploy.server.engine import Call
+from deploy.server.exchange import Shortcuts, header_of, read_body, reply
 from deploy.server.models import MODELS, Model, Outputs
+from deploy.server.outputs import build_response
 from deploy.server.problems import Problem
-from deploy.server.state import release, state_of
-from deploy.server.tensors import InferRequest, build_response, parse_request
+from deploy.server.state import State, release, state_of
+from deploy.server.tensors import InferRequest, parse_request
 from deploy.server.versions import Slot
 
-HEADER_LENGTH = "inference-header-content-length"
+HEADER_LENGTH = b"inference-header-content-length"
 _LARGE_JSON_BYTES = 64 << 10  # parsing more than this would be felt by others on the event loop
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
@@ -40,16 +44,16 @@ async def server_metadata(_: Request) -> Response:
 
 async def model_metadata(request: Request) -> Response:
     """Tensors and versions of a model."""
-    state, model = state_of(request), _model(request)
-    slot = state.versions.named(_version(request))
+    state, model = state_of(request), _named(request.path_params)
+    slot = state.versions.named(_numbered(request.path_params))
     versions = [each.version for each in state.versions.loaded]
     return JSONResponse(model.metadata(slot.loaded, versions))
 
 
 async def model_ready(request: Request) -> Response:
     """A model, or one version of it, can be asked."""
-    state, model = state_of(request), _model(request)
-    slot = state.versions.named(_version(request))
+    state, model = state_of(request), _named(request.path_params)
+    slot = state.versions.named(_numbered(request.path_params))
     document = {"name": model.name, "version": str(slot.version), "ready": state.is_ready}
     return JSONResponse(document, 200 if state.is_ready else 503)
 
@@ -65,42 +69,47 @@ async def repository_index(request: Request) -> Response:
     return JSONResponse(document)
 
 
-async def infer(request: Request) -> Response:
-    """Compute a model's outputs."""
-    state, model, version = state_of(request), _model(request), _version(request)
-    slot = state.versions.named(version)
-    parsed = await _read(request, model, slot)
-    model.check_inputs(parsed, state.settings.limits)
-    wanted = model.wanted(slot.loaded, parsed)
+class Infer:
+    """Computes a model's outputs. Plain ASGI: Starlette's own objects would cost as much as all else."""
 
-    async def compute(slot: Slot) -> tuple[Call, Outputs]:
-        call = Call(slot)
-        return call, await model.compute(state.engine, call, parsed)
+    def __init__(self, state: State) -> None:
+        self._state = state
 
-    number, (call, outputs) = await state.versions.answer(compute, version)
-    note(request, call, rows=len(next(iter(outputs.values()))))
-    head: dict[str, Any] = {"model_name": model.name, "model_version": str(number)}
-    if parsed.id is not None:
-        head["id"] = parsed.id
-    body, header_length = build_response(head, outputs, wanted)
-    if header_length is None:
-        return Response(body, media_type="application/json")
-    headers = {"Inference-Header-Content-Length": str(header_length)}
-    return Response(body, media_type="application/octet-stream", headers=headers)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        state, model, version = self._state, _named(scope["path_params"]), _numbered(scope["path_params"])
+        slot = state.versions.named(version)
+        parsed = await _read(scope, receive, model, slot)
+        model.check_inputs(parsed, state.settings.limits)
+        wanted = model.wanted(slot.loaded, parsed)
+
+        async def compute(slot: Slot) -> tuple[Call, Outputs]:
+            call = Call(slot)
+            return call, await model.compute(state.engine, call, parsed)
+
+        number, (call, outputs) = await state.versions.answer(compute, version)
+        note(scope, call, rows=len(next(iter(outputs.values()))))
+        head: dict[str, Any] = {"model_name": model.name, "model_version": str(number)}
+        if parsed.id is not None:
+            head["id"] = parsed.id
+        body, header_length = build_response(head, outputs, wanted)
+        if header_length is None:
+            await reply(send, body, b"application/json")
+        else:
+            length = (HEADER_LENGTH, str(header_length).encode())
+            await reply(send, body, b"application/octet-stream", length)
 
 
-def note(request: Request, call: Call, *, rows: int) -> None:
+def note(scope: Scope, call: Call, *, rows: int) -> None:
     """Leave for metrics and log what answered, and how long its stages took."""
-    request.state.version = call.slot.version
-    request.state.stages = call.stages
-    request.state.rows = rows
+    scope["state"] = {"version": call.slot.version, "stages": call.stages, "rows": rows}
 
 
-async def _read(request: Request, model: Model, slot: Slot) -> InferRequest:
-    body = await request.body()
-    given = request.headers.get(HEADER_LENGTH)
+async def _read(scope: Scope, receive: Receive, model: Model, slot: Slot) -> InferRequest:
+    body = await read_body(receive)
+    given = header_of(scope, HEADER_LENGTH)
     if given is not None and not (given.isascii() and given.isdigit() and len(given) < 19):
-        raise Problem(400, f"{HEADER_LENGTH} is not a number: {given!r}")
+        raise Problem(400, f"{HEADER_LENGTH.decode()} is not a number: {given!r}")
     length = None if given is None else int(given)
     specs = model.inputs(slot.loaded)
     if (len(body) if length is None else length) > _LARGE_JSON_BYTES:
@@ -108,15 +117,15 @@ async def _read(request: Request, model: Model, slot: Slot) -> InferRequest:
     return parse_request(body, length, specs)
 
 
-def _model(request: Request) -> Model:
-    name = request.path_params["model"]
+def _named(path: Mapping[str, Any]) -> Model:
+    name = path["model"]
     if name not in MODELS:
         raise Problem(404, f"there is no model {name!r}; there are: {', '.join(MODELS)}")
     return MODELS[name]
 
 
-def _version(request: Request) -> int | None:
-    given = request.path_params.get("version")
+def _numbered(path: Mapping[str, Any]) -> int | None:
+    given = path.get("version")
     if given is None:
         return None
     if not _NUMBER.fullmatch(given):
@@ -124,10 +133,16 @@ def _version(request: Request) -> int | None:
     return int(given)
 
 
-def routes() -> list[Route]:
-    """The most used path first: routes are tried in order."""
+def shortcuts(state: State) -> Shortcuts:
+    """The paths that need no routing."""
+    infer = Infer(state)
+    return {f"/v2/models/{name}/infer": (infer, {"model": name}) for name in MODELS}
+
+
+def routes(state: State) -> list[Route]:
+    """All paths, those with shortcuts too: for other methods, and for requests that name a version."""
     return [
-        *_both("/infer", infer, "POST"),
+        *_both("/infer", Infer(state), "POST"),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
         Route("/v2", server_metadata),

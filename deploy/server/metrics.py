@@ -8,6 +8,7 @@ series of one that is not loaded any more are not told, and forgotten where they
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,6 +26,8 @@ from prometheus_client.registry import Collector
 
 from deploy.server.versions import Slot
 
+Series = TypeVar("Series", Counter, Histogram)
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -35,6 +38,7 @@ class Metrics:
 
     def __init__(self, release: str) -> None:
         self._is_shared = MULTIPROCESS_VARIABLE in os.environ
+        self._series: dict[tuple[Any, ...], Any] = {}  # its own search costs more than counting
         self._registry = CollectorRegistry()
         if not self._is_shared:
             ProcessCollector(registry=self._registry)
@@ -100,11 +104,11 @@ class Metrics:
     def ended(self, model: str, version: str, *, outcome: str, stages: dict[str, float], rows: int) -> None:
         """Count a request that began out again."""
         self._in_flight.dec()
-        self._requests.labels(model, version, outcome).inc()
+        self._of(self._requests, model, version, outcome).inc()
         if outcome == "success":
-            self._rows.labels(model, version).inc(rows)
+            self._of(self._rows, model, version).inc(rows)
             for stage, seconds in stages.items():
-                self._seconds.labels(model, version, stage).observe(seconds)
+                self._of(self._seconds, model, version, stage).observe(seconds)
 
     def rejected(self, model: str, version: str) -> None:
         """Count a request that was not even begun."""
@@ -137,7 +141,15 @@ class Metrics:
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(_Served(registry, served))
 
+    def _of(self, metric: Series, *labels: str) -> Series:
+        """The series of a metric with these labels."""
+        found: Series | None = self._series.get((metric, *labels))
+        if found is None:
+            found = self._series[metric, *labels] = metric.labels(*labels)
+        return found
+
     def _forget_all_but(self, served: Collection[str]) -> None:
+        self._series.clear()
         by_version = (self._requests, self._seconds, self._rows, self._version)
         for metric in by_version:
             for version in {sample.labels["version"] for each in metric.collect() for sample in each.samples}:

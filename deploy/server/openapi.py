@@ -24,7 +24,7 @@ def document(loaded: LoadedVersion, settings: Settings) -> Document:
         "/v2": _get("Server metadata", _server_metadata()),
         "/v2/repository/index": {"post": _index()},
         "/classify": {"post": _classify(settings)},
-        "/version": _get("The version that answers", _version(), 503),
+        "/version": _waiting(_get("The version that answers", _version(), 503)),
         "/metrics": {"get": _operation("Prometheus metrics", {"text/plain": {"schema": _STRING}})},
         "/openapi.json": _get("This document", {"type": "object"}, 503),
     }
@@ -186,6 +186,17 @@ def _version() -> Document:
     previous = {"type": ["string", "null"]}
     count = {"type": "integer"}
     return _object(model_version=_STRING, previous=previous, classes=count, created_at=_STRING)
+
+
+def _waiting(item: Document) -> Document:
+    item["get"]["parameters"] = [{
+        "name": "other_than",
+        "in": "query",
+        "description": "The number of a version. While it is the live one, a request with the header "
+        "`Prefer: wait=SECONDS` (20 at most) waits for another.",
+        "schema": {"type": "string", "pattern": "^[0-9]{1,18}$"},
+    }]  # fmt: skip
+    return item
 
 
 def _get(summary: str, schema: Document, *statuses: int) -> Document:

@@ -31,6 +31,11 @@ class Problem(Exception):  # noqa: N818 - the word of RFC 9457
         return JSONResponse({"error": str(self)}, self.status, headers=_headers(self.status))
 
 
+def failure() -> Response:
+    """The answer where the fault is ours: what exactly, only the log says."""
+    return JSONResponse({"error": "the server failed; its log says more"}, 500)
+
+
 def _headers(status: int) -> dict[str, Any]:
     if status == 401:
         return {"WWW-Authenticate": 'Bearer realm="dynlora"'}

@@ -7,6 +7,7 @@ it has taken on, and is done.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -48,6 +49,8 @@ class Serving:
 
     async def run(self, started: Callable[[], Awaitable[None]] | None = None) -> None:
         """Serve; returns when the last answer is given. A version must be live already."""
+        gc.collect()
+        gc.freeze()  # what was imported and loaded stays: the collector need not look at it again and again
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         while not self._server.started and not serving.done():  # noqa: ASYNC110 - uvicorn sets a flag
             await asyncio.sleep(0.001)
@@ -59,6 +62,7 @@ class Serving:
         """Begin to drain, if that has not begun."""
         if not self.state.is_draining:
             self.state.is_draining = True
+            self.state.versions.wake()  # whoever waits for another version would hold up the end
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:

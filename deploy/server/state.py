@@ -23,6 +23,7 @@ class State:
     is_draining: bool = False
     in_flight: int = 0
     body_bytes: int = 0  # of all requests in flight
+    waiting: int = 0  # for another version
     started_at: float = field(default_factory=time.time)
 
     @property

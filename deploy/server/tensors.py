@@ -1,4 +1,4 @@
-"""The wire format of the Open Inference Protocol v2: JSON, and the binary tensor extension.
+"""Requests of the Open Inference Protocol v2: JSON, and the binary tensor extension.
 
     POST body = JSON header, then the raw tensors in its order (little-endian, row-major);
     the header's length is in the HTTP header Inference-Header-Content-Length
@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,17 @@ from numpy.typing import NDArray
 from deploy.server.problems import Problem
 
 Tensor = NDArray[Any] | list[bytes]
+
+_REMEMBERED_HEADERS = 128
+_REMEMBERED_BYTES = 4096  # of one header: half a megabyte of them at most
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Made once: json.loads would make a new one for each request.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 _DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
 
@@ -62,17 +74,56 @@ def parse_request(body: bytes, header_length: int | None, specs: Sequence[Spec])
         return InferRequest({specs[0].name: _raw(specs[0], body)}, is_binary=True)
     if header_length is not None and header_length > len(body):
         raise Problem(400, f"Inference-Header-Content-Length is {header_length}, the body {len(body)} bytes")
-    document = parse_json(body if header_length is None else body[:header_length])
-    view = memoryview(body)[len(body) if header_length is None else header_length :]
-    inputs, used = _inputs(document, view, {spec.name: spec for spec in specs})
-    if used != len(view):
-        raise Problem(400, f"{len(view) - used} bytes follow the tensors that the JSON header announces")
+    length = len(body) if header_length is None else header_length
+    read = _remembered_header if length <= _REMEMBERED_BYTES else _read_header
+    header = read(body[:length], tuple(specs))
+    inputs = header.take_from(memoryview(body)[length:])
+    return InferRequest(inputs, header.id, header.parameters, header.outputs, header.is_binary)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The JSON part of a request, checked. An input is a tensor, or a shape and the bytes it takes."""
+
+    inputs: tuple[tuple[Spec, Tensor | None, tuple[int, ...], int], ...]
+    id: str | None
+    parameters: dict[str, Any]
+    outputs: dict[str, bool] | None
+    is_binary: bool
+
+    def take_from(self, view: memoryview) -> dict[str, Tensor]:
+        """Return all tensors, those in binary out of what follows the header."""
+        tensors: dict[str, Tensor] = {}
+        used = 0
+        for spec, given, shape, size in self.inputs:
+            tensor = given
+            if tensor is None:
+                left = len(view) - used
+                if size > left:
+                    raise Problem(
+                        400, f"input {spec.name}: binary_data_size does not fit the {left} bytes left"
+                    )
+                tensor = _from_bytes(view[used : used + size], shape, spec)
+                used += size
+            tensors[spec.name] = tensor
+        if used != len(view):
+            raise Problem(400, f"{len(view) - used} bytes follow the tensors that the JSON header announces")
+        return tensors
+
+
+def _read_header(text: bytes, specs: tuple[Spec, ...]) -> _Header:
+    document = parse_json(text)
+    inputs = _inputs(document, {spec.name: spec for spec in specs})
     parameters = _object(document, "parameters")
     name = document.get("id")
     if name is not None and not isinstance(name, str):
         raise Problem(400, "`id` must be a string")
     is_binary = parameters.get("binary_data_output") is True
-    return InferRequest(inputs, name, parameters, _outputs(document, is_binary), is_binary)
+    return _Header(inputs, name, parameters, _outputs(document, is_binary), is_binary)
+
+
+# A client sends the same header again and again; who puts a new id into each only gains nothing.
+_remembered_header = lru_cache(_REMEMBERED_HEADERS)(_read_header)
 
 
 def parse_json(text: bytes) -> dict[str, Any]:
@@ -82,7 +133,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
         Problem: it is not one.
     """
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = _DECODER.decode(text.decode(json.detect_encoding(text), "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is not JSON: {error}") from error
     if not isinstance(document, dict):
@@ -90,61 +141,33 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return document
 
 
-def build_response(
-    head: dict[str, Any], outputs: dict[str, NDArray[Any]], binary: dict[str, bool]
-) -> tuple[bytes, int | None]:
-    """Return the body and, where a tensor is binary, the length of its JSON header.
-
-    Args:
-        head: model_name, model_version and the like.
-        outputs: float32 arrays, or arrays of str objects, which become BYTES.
-        binary: which outputs are wanted, and which of them as raw bytes.
-    """
-    documents, buffers = [], []
-    for name, is_binary in binary.items():
-        tensor = outputs[name]
-        datatype = "BYTES" if _is_text(tensor) else "FP32"
-        document: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(tensor.shape)}
-        if is_binary:
-            buffers.append(_to_bytes(tensor))
-            document["parameters"] = {"binary_data_size": len(buffers[-1])}
-        else:
-            document["data"] = tensor.ravel().tolist()
-        documents.append(document)
-    header = json.dumps(head | {"outputs": documents}, separators=(",", ":")).encode()
-    if not any(binary.values()):
-        return header, None
-    return b"".join([header, *buffers]), len(header)
-
-
 def _inputs(
-    document: dict[str, Any], view: memoryview, specs: dict[str, Spec]
-) -> tuple[dict[str, Tensor], int]:
+    document: dict[str, Any], specs: dict[str, Spec]
+) -> tuple[tuple[Spec, Tensor | None, tuple[int, ...], int], ...]:
     entries = document.get("inputs")
     if not isinstance(entries, list) or not entries:
         raise Problem(400, "`inputs` must be a list of at least one tensor")
-    tensors: dict[str, Tensor] = {}
-    used = 0
+    found: dict[str, tuple[Spec, Tensor | None, tuple[int, ...], int]] = {}
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise Problem(400, "every input is an object with a `name`")
         spec = specs.get(entry["name"])
         if spec is None:
             raise Problem(400, f"there is no input {entry['name']!r}; there are: {', '.join(specs)}")
-        if spec.name in tensors:
+        if spec.name in found:
             raise Problem(400, f"input {spec.name} comes twice")
         shape = _checked_shape(entry, spec)
         size = _object(entry, "parameters").get("binary_data_size")
         if size is None:
-            tensors[spec.name] = _from_json(entry.get("data"), shape, spec)
-            continue
-        if type(size) is not int or not 0 <= size <= len(view) - used or "data" in entry:
+            found[spec.name] = (spec, _from_json(entry.get("data"), shape, spec), shape, 0)
+        elif type(size) is not int or size < 0 or "data" in entry:
             raise Problem(
-                400, f"input {spec.name}: binary_data_size does not fit the {len(view) - used} bytes left"
+                400,
+                f"input {spec.name}: binary_data_size does not fit: a number of bytes, instead of `data`",
             )
-        tensors[spec.name] = _from_bytes(view[used : used + size], shape, spec)
-        used += size
-    return tensors, used
+        else:
+            found[spec.name] = (spec, None, shape, size)
+    return tuple(found.values())
 
 
 def _checked_shape(entry: dict[str, Any], spec: Spec) -> tuple[int, ...]:
@@ -248,18 +271,3 @@ def _object(document: dict[str, Any], key: str) -> dict[str, Any]:
     if found is not None and not isinstance(found, dict):
         raise Problem(400, f"`{key}` must be an object")
     return found or {}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _is_text(output: NDArray[Any]) -> bool:
-    return output.dtype == object
-
-
-def _to_bytes(output: NDArray[Any]) -> bytes:
-    if _is_text(output):
-        texts = [text.encode() for text in output.ravel()]
-        return b"".join(struct.pack("<I", len(text)) + text for text in texts)
-    return np.ascontiguousarray(output, "<f4").tobytes()

@@ -8,8 +8,7 @@ All methods run on the event loop's thread, so a version is never half switched.
 """
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,6 +40,7 @@ class Versions:
         self._live: Slot | None = None
         self._previous: Slot | None = None
         self._open = asyncio.Event()
+        self._flipped = asyncio.Event()  # set at the next flip, and replaced by another
         self._releases: set[asyncio.Future[None]] = set()
 
     @property
@@ -78,6 +78,16 @@ class Versions:
         retired, self._previous, self._live = self._previous, self._live, slot
         self._retire(retired)
         self._open.set()
+        self.wake()
+
+    async def until_flip(self) -> None:
+        """Wait until another version is live, or ``wake`` is called."""
+        await self._flipped.wait()
+
+    def wake(self) -> None:
+        """End all waiting for a flip."""
+        self._flipped.set()
+        self._flipped = asyncio.Event()
 
     def keep_previous(self, slot: Slot) -> None:
         """Take over a previous version that others serve already."""
@@ -111,17 +121,23 @@ class Versions:
             Problem: the named version is not loaded, or none is.
         """
         if version is not None:
-            with self._used(self.named(version)) as slot:
+            slot = self._take(self.named(version))
+            try:
                 return version, await compute(slot)
+            finally:
+                self._give_back(slot)
         while True:
             if not self._open.is_set():
                 await self._open.wait()
-            with self._used(self.live) as slot:
+            slot = self._take(self.live)
+            try:
                 result = await compute(slot)
                 if not self._open.is_set():
                     await self._open.wait()
                 if slot is self._live:
                     return slot.version, result
+            finally:
+                self._give_back(slot)
 
     async def shut(self) -> None:
         """Let go of everything; no request may be running."""
@@ -131,15 +147,14 @@ class Versions:
             self._retire(slot)
         await asyncio.gather(*self._releases)
 
-    @contextlib.contextmanager
-    def _used(self, slot: Slot) -> Iterator[Slot]:
+    def _take(self, slot: Slot) -> Slot:
         slot.users += 1
-        try:
-            yield slot
-        finally:
-            slot.users -= 1
-            if slot.is_retired and slot.users == 0:
-                self._free(slot)
+        return slot
+
+    def _give_back(self, slot: Slot) -> None:
+        slot.users -= 1
+        if slot.is_retired and slot.users == 0:
+            self._free(slot)
 
     def _retire(self, slot: Slot | None) -> None:
         if slot is not None:

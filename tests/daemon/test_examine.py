@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from daemon import examine
 from daemon.adaptation import load_task
 from daemon.batch import Batch, BatchClass, BatchImage
 from daemon.errors import BatchError, WorkerError
@@ -90,8 +91,24 @@ def test_an_old_exam_without_a_readable_image_is_no_exam(examiner, version_dir, 
     assert [exam.batch for exam in own.compare(grades, grades)] == ["000003-cat", "000002-cat"]
 
 
-def test_an_image_that_goes_between_the_two_grades_ends_the_attempt(examiner, version_dir, tmp_path):
-    """Before and after are compared image by image; the next attempt leaves it out of both."""
+def test_an_image_is_decoded_once_for_both_versions(examiner, version_dir, tmp_path):
+    """Both are asked about the same pixels, whatever became of the file."""
+    own = examiner()
+    before = own.grade(version_dir)
+    for path in [*(tmp_path / "exams").rglob("*.png"), *(tmp_path / "work").rglob("*.png")]:
+        path.unlink()
+    after = own.grade(version_dir)
+
+    assert before.embeddings.keys() == after.embeddings.keys() == {"000001-cat", "000002-cat", "000003-cat"}
+    for batch, embeddings in before.embeddings.items():
+        np.testing.assert_array_equal(after.embeddings[batch], embeddings)
+
+
+def test_an_image_that_goes_between_the_two_grades_ends_the_attempt(
+    examiner, version_dir, tmp_path, monkeypatch
+):
+    """Where there are too many to keep, each is decoded twice; the next attempt leaves it out of both."""
+    monkeypatch.setattr(examine, "_KEPT_BYTES", 0)
     own = examiner()
     own.grade(version_dir)
     (tmp_path / "exams" / "000001-cat" / "images/cat/3.png").unlink()

@@ -1,12 +1,14 @@
 // The page at /: sends a picture, shows labels and scores, and follows the live version.
 
-const POLL_MS = 1000;
+const WAIT_SECONDS = 15;
+const PAUSE_MS = 1000;  // before asking again what gave no news
 const at = (id) => document.getElementById(id);
 const drop = at("drop"), file = at("file"), picture = at("picture"), labels = at("labels"), token = at("token");
 const said = at("said"), answers = at("answers"), badge = at("live"), seen = at("history");
 
 let blob = null;      // the picture that is shown
 let version = null;   // the version that answered last
+let waiting = new AbortController();  // ends the question for another version
 let asked = 0;        // only the newest question may show its answer
 
 token.value = sessionStorage.getItem("token") ?? "";
@@ -72,9 +74,20 @@ function take(found) {
   classify();
 }
 
+// A hidden tab gives its connection back: a browser has only six for one server.
+document.addEventListener("visibilitychange", () => document.hidden ? waiting.abort() : follow());
+
 async function follow() {
+  if (document.hidden) return;
+  waiting.abort();
+  waiting = new AbortController();
+  const { signal } = waiting, started = performance.now();
+  let pause = PAUSE_MS;
   try {
-    const live = await ask("/version");
+    // Answered when another version is live, or after some seconds.
+    const path = version === null ? "/version" : `/version?other_than=${version}`;
+    const live = await ask(path, { signal, headers: { Prefer: `wait=${WAIT_SECONDS}` } });
+    if (live.model_version !== version || performance.now() - started > PAUSE_MS) pause = 0;
     badge.classList.remove("gone");
     badge.textContent = `version ${live.model_version} · ${live.classes} classes`;
     if (live.model_version !== version) {
@@ -91,10 +104,11 @@ async function follow() {
       }
     }
   } catch (error) {
+    if (signal.aborted) return;
     badge.classList.add("gone");
     badge.textContent = error instanceof TypeError ? "the server is gone" : error.message;
   }
-  setTimeout(follow, POLL_MS);
+  setTimeout(() => signal.aborted || follow(), pause);
 }
 
 drop.addEventListener("click", () => file.click());

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploy.server.outputs import build_response
 from deploy.server.problems import Problem
-from deploy.server.tensors import Spec, build_response, parse_request
+from deploy.server.tensors import Spec, parse_request
 
 PIXELS = Spec("pixel_values", "FP32", (-1, 2, 3))
 FILES = Spec("image", "BYTES", (-1,), is_file=True)
@@ -116,3 +117,27 @@ def test_answers_can_be_read_back(values: list[float], texts: list[str], is_bina
     else:
         assert found["labels"]["data"] == texts
         np.testing.assert_array_equal(np.frombuffer(rest, np.float32), scores.ravel())
+
+
+def test_a_header_that_came_before_is_not_taken_for_its_body() -> None:
+    """The same header announces other bytes each time; what it says of them is checked each time."""
+    specs = (Spec("pixel_values", "FP32", (-1, 2)),)
+    entry = {
+        "name": "pixel_values",
+        "datatype": "FP32",
+        "shape": [1, 2],
+        "parameters": {"binary_data_size": 8},
+    }
+    header = json.dumps({"inputs": [entry]}).encode()
+
+    for value in (1.0, 2.0):
+        body = header + np.full((1, 2), value, "<f4").tobytes()
+        found = parse_request(body, len(header), specs).inputs["pixel_values"]
+        np.testing.assert_array_equal(found, np.full((1, 2), value, np.float32))
+    with pytest.raises(Problem, match="does not fit the 4 bytes left"):
+        parse_request(header + bytes(4), len(header), specs)
+    with pytest.raises(Problem, match="4 bytes follow"):
+        parse_request(header + bytes(12), len(header), specs)
+    other = (Spec("pixel_values", "FP32", (-1, 3)),)
+    with pytest.raises(Problem, match="must have shape"):
+        parse_request(header + bytes(8), len(header), other)
