@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynlora import attach, prompts
+from dynlora import attach, prompts, towers
 from dynlora.clip import Clip
 from dynlora.prompts import Prompts
 
@@ -37,13 +37,13 @@ class Encoders:
     def images(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) → (N, dim) float32, L2-normalised, differentiable."""
         with self._autocast(pixels):
-            features: Tensor = self.model.visual(pixels)  # type: ignore[operator]
+            features = towers.embed_images(self.model, pixels)
         return F.normalize(features.float(), dim=-1)
 
     def texts(self, of: Prompts) -> Tensor:
         """N prompts → (N, dim) float32, L2-normalised, differentiable."""
         with self._autocast(of.tokens):
-            return prompts.encode_text(self.model, of)
+            return towers.embed_texts(self.model, of)
 
     def _autocast(self, example: Tensor) -> torch.autocast:
         # Frozen weights are not worth autocast's cache: ours keeps those of the large products.
