@@ -220,8 +220,8 @@ def describe(result: dict[str, Any]) -> str:
     rates = ", ".join(f"{rate / 1e9:.0f} G/s in {dtype}" for dtype, rate in result["gemm_rates"].items())
     return (
         f"{result['model']}, batch {BATCH}, {CLASSES} classes, rank {RANK}, {result['threads']} threads; "
-        f"{result['flops']['useful'] / 1e9:.1f} G useful operations, {result['flops']['needed'] / 1e9:.1f} G of "
-        f"them needed; a 2048³ product runs at {rates}.\n\n"
+        f"{result['flops']['useful'] / 1e9:.1f} G useful operations, {result['flops']['needed'] / 1e9:.1f} G "
+        f"of them needed; a 2048³ product runs at {rates}.\n\n"
         + reporting.table(["step", "seconds", "gradient error"], rows)
         + "\n\n"
         + reporting.table(["figure", "value", "goal"], figures)
