@@ -13,7 +13,7 @@ def free_memory_bytes(
 ) -> int:
     """Return the least of what the machine has available and what each limit above us leaves.
 
-    Limits are those of control groups of version 2, such as systemd's MemoryMax= and a container's.
+    Limits are those of control groups of version 2: systemd's MemoryMax= and MemoryHigh=, a container's.
     """
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
@@ -45,13 +45,26 @@ def _left(cgroup_file: Path, cgroup_root: Path) -> Iterator[int]:
 
 
 def _left_in(directory: Path) -> int | None:
-    """Of memory.max, `max` or bytes; files that were read and can be dropped do not count as taken."""
+    """Of memory.max and memory.high, above which a group is slowed down; None where neither is set.
+
+    Files that were read and can be dropped do not count as taken.
+    """
+    limits = [
+        limit for name in ("memory.max", "memory.high") if (limit := _limit(directory / name)) is not None
+    ]
+    if not limits:
+        return None
     try:
-        limit = (directory / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
         taken = int((directory / "memory.current").read_text())
         stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-        return int(limit) - taken + int(stat.get("inactive_file", 0))
+        return min(limits) - taken + int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None
+
+
+def _limit(path: Path) -> int | None:
+    """A file of `max` or bytes."""
+    try:
+        return int(path.read_text())
     except (OSError, ValueError):
         return None

@@ -32,13 +32,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 def split_heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
     """(N, L, P D) → P times (N, H, L, d), moved once for all of them."""
-    moved = x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).contiguous()
-    return tuple(moved.unbind(0))
+    split: tuple[Tensor, ...] = _SplitHeads.apply(x, heads, parts)
+    return split
 
 
 def join_heads(x: Tensor) -> Tensor:
     """(N, H, L, d) → (N, L, D)."""
     return x.transpose(1, 2).flatten(2)
+
+
+class _SplitHeads(Function):
+    """Each number moved once forwards and once backwards; autograd would move it twice on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
+        """(N, L, P D) → P times (N, H, L, d)."""
+        ctx.shape = (*x.shape[:2], parts, heads, x.shape[-1] // parts // heads)
+        return tuple(x.view(ctx.shape).permute(2, 0, 3, 1, 4).contiguous().unbind(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Of P times (N, H, L, d); returns (N, L, P D)."""
+        whole = gradients[0].new_empty(ctx.shape)
+        for part, gradient in enumerate(gradients):
+            whole[:, :, part] = gradient.transpose(1, 2)
+        return whole.flatten(2), None, None
 
 
 class _Attention(Function):

@@ -17,6 +17,7 @@ def _make(root, groups, own):
         directory = root / "fs" / name
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "memory.max").write_text(f"{limit}\n")
+        (directory / "memory.high").write_text("max\n")
         (directory / "memory.current").write_text(f"{taken}\n")
         (directory / "memory.stat").write_text(f"anon {taken}\ninactive_file {dropped}\n")
     return free_memory_bytes(
@@ -40,6 +41,14 @@ def _make(root, groups, own):
 def test_the_least_of_machine_and_limits_counts(tmp_path, groups, own, expected):
     """Files that were read and can be dropped again do not count as taken."""
     assert _make(tmp_path, groups, own) == expected
+
+
+def test_a_limit_that_only_slows_a_group_down_counts_as_well(tmp_path):
+    """Systemd's MemoryHigh=, which dynlora's own unit sets."""
+    _make(tmp_path, {"a": (1000, 300, 0)}, "0::/a\n")
+    (tmp_path / "fs" / "a" / "memory.high").write_text("700\n")
+
+    assert free_memory_bytes(cgroup_file=tmp_path / "self", cgroup_root=tmp_path / "fs") == 400
 
 
 def test_a_machine_without_control_groups_has_what_is_available(tmp_path):

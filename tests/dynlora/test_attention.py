@@ -53,3 +53,4 @@ def test_heads_split_and_joined_again_are_what_they_were():
     x = torch.randn(2, 5, 3 * 8, generator=torch.Generator().manual_seed(0))
 
     assert torch.equal(torch.cat([join_heads(part) for part in split_heads(x, 4, 3)], dim=-1), x)
+    assert torch.autograd.gradcheck(lambda x: split_heads(x, 4, 3)[1:], x.double().requires_grad_())
