@@ -137,6 +137,9 @@ def test_how_much_is_computed_at_once_follows_the_memory_and_a_resume_obeys_it(
     tried = _with_trials(plan, load_clip(), task, Config.model_validate({"learning": learning}))
     settle_plan(tmp_path, tried)
 
+    resumed = stored_plan(tmp_path, plan)
+
     assert (tried.images_at_once, tried.prompts_at_once, tried.dtype) == (at_once, at_once, "float32")
-    assert stored_plan(tmp_path, plan) == tried
-    assert _settings(tried).images_at_once == at_once
+    assert resumed is not None
+    assert _settings(resumed) == _settings(tried)
+    assert _settings(resumed).images_at_once == at_once
