@@ -10,14 +10,18 @@ Shapes: N images or prompts, L tokens of an image, D width.
 from typing import Any
 
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from dynlora import prompts
 from dynlora.attention import attend, join_heads, split_heads
+from dynlora.blocks import class_path
 from dynlora.lora import LoRAAttention
 from dynlora.prompts import Prompts
 from dynlora.shared_prefix import attend_causally, attend_from_last, lay_out
+
+# Followed step by step here, so no class derived from them will do.
+_VISION = "open_clip.transformer.VisionTransformer"
+_BLOCK = "open_clip.transformer.ResidualAttentionBlock"
 
 
 def embed_images(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def _after_attention(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
 
 def _pools_one_token(visual: nn.Module) -> bool:
     return (
-        type(visual) is VisionTransformer
+        class_path(visual) == _VISION
         and visual.attn_pool is None
         and visual.pool_type == "tok"
         and not visual.output_tokens
@@ -80,6 +84,6 @@ def _pools_one_token(visual: nn.Module) -> bool:
 def _has_adapters(transformer: Any) -> bool:
     """Whether every block is of the kind that is followed here step by step."""
     return all(
-        type(block) is ResidualAttentionBlock and isinstance(block.attn, LoRAAttention)
+        class_path(block) == _BLOCK and isinstance(block.attn, LoRAAttention)
         for block in transformer.resblocks
     )
