@@ -1,18 +1,19 @@
 """One training step against the published recipe done straightforwardly, and peft: gradients, then time.
 
-    python -m benchmarks.step [--model ViT-B-32|ViT-B-16|bundled] [--quick]
+    python -m benchmarks.step [--model ViT-B-32|ViT-B-16|bundled] [--repeats 5] [--quick]
 
 The published loss, batch 16, 40 classes, rank 16, random weights (time does not depend on values), the same
 weights and the same batch for all. Gradients of all LoRA tensors of both towers are compared first, as the
 relative L2 error over all of them; only then is anything timed, in turn, so that a busy moment meets all
-alike; the best counts.
+alike; the best counts. CPU time is given, too: other work on the machine lengthens it less.
 
 *reference*  benchmarks/reference_step.py: 77 tokens, plain autograd, float32; below it the same with cut text
 *ours*       dynlora's: `Encoders` and `PublishedObjective`, in float32 and in bfloat16
 *peft*       peft's LoRA on open_clip's model, where it is installed. It knows no gates; of a fused in_proj it
              makes one update instead of three, by adding it to the weight in every pass
 *peak*       the share of the rate of a 2048³ product in the same dtype that useful operations alone make up:
-             2 x forward at the tokens needed, as in tools/reference_step.py
+             2 x forward with cut text, as in tools/reference_step.py; and the same of what is really needed,
+             where a shared beginning of prompts counts once, and the last block of a tower for one token
 
 A quick run repeats twice and writes no results.
 """
@@ -22,6 +23,7 @@ import copy
 import dataclasses
 import importlib.util
 import logging
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -102,11 +104,11 @@ def large_product(dtype: Dtype) -> Callable[[], object]:
     return lambda: a @ b
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
-    started = time.perf_counter()
+def seconds_of(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock time and CPU time, of all threads, of one call."""
+    started, used = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
 def peft_step(
@@ -148,7 +150,10 @@ def measure(architecture: str, *, repeats: int) -> dict[str, Any]:
     index = objectives["float32"].batches.at(0)
     batch = task.pixels[index], task.labels[index]
     full = clip.tokenizer([TEMPLATE.format(name) for name in NAMES])
-    flops = useful_flops(lambda: (encoders.images(batch[0]), encoders.texts(cut)))
+    flops = {"useful": useful_flops(lambda: (encoders.images(batch[0]), encoders.texts(cut)))}
+    with attach.attached(clip.model, 1) as sites:  # as little update as there can be
+        attach.reset(sites, seed=SEED, random_importance=False)
+        flops["needed"] = useful_flops(lambda: (encoders.images(batch[0]), encoders.texts(cut)))
     plain = copy.deepcopy(clip.model)
     with attach.attached(clip.model, RANK) as sites:
         start(sites)
@@ -170,20 +175,31 @@ def measure(architecture: str, *, repeats: int) -> dict[str, Any]:
             works["peft, all tokens, float32"] = peft_run
             peft_run()
         products = {f"product, {dtype}": large_product(dtype) for dtype in DTYPES}
-        seconds = best_in_turn(works | products, repeats=repeats)
+        took = times_in_turn(works | products, repeats=repeats)
+    seconds = {name: min(wall for wall, _ in of) for name, of in took.items()}
+    cpu_seconds = {name: min(cpu for _, cpu in of) for name, of in took.items() if name in works}
     rates = {dtype: 2 * 2048**3 / seconds.pop(f"product, {dtype}") for dtype in DTYPES}
-    return {"gradient_errors": errors, "seconds": seconds, "useful_flops": flops, "gemm_rates": rates}
+    return {
+        "gradient_errors": errors,
+        "seconds": seconds,
+        "median_seconds": {name: statistics.median(wall for wall, _ in took[name]) for name in works},
+        "cpu_seconds": cpu_seconds,
+        "flops": flops,
+        "gemm_rates": rates,
+    }
 
 
-def best_in_turn(works: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """The least seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+def times_in_turn(
+    works: dict[str, Callable[[], object]], *, repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Wall-clock and CPU time of every call of each."""
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
             # A product is over in a moment: several, so that its best is as good a moment as the steps' best.
             times = 8 if name.startswith("product") else 1
-            seconds[name] += [seconds_of(work) for _ in range(times)]
-    return {name: min(took) for name, took in seconds.items()}
+            took[name] += [seconds_of(work) for _ in range(times)]
+    return took
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, float]:
@@ -192,21 +208,28 @@ def figures_of(result: dict[str, Any]) -> dict[str, float]:
     figures = {f"gradient error, {dtype}": errors[f"ours, {dtype}"] for dtype in DTYPES}
     whole = seconds["reference, all tokens, float32"]
     figures |= {f"reference / ours, {dtype}": whole / seconds[f"ours, {dtype}"] for dtype in DTYPES}
+    cpu = result["cpu_seconds"]
+    whole_cpu = cpu["reference, all tokens, float32"]
+    figures |= {f"the same in CPU time, {dtype}": whole_cpu / cpu[f"ours, {dtype}"] for dtype in DTYPES}
     if "peft, all tokens, float32" in seconds:
         figures["peft / ours, float32"] = seconds["peft, all tokens, float32"] / seconds["ours, float32"]
-    figures |= {
-        f"share of peak, {dtype}": result["useful_flops"]
-        / seconds[f"ours, {dtype}"]
-        / result["gemm_rates"][dtype]
-        for dtype in DTYPES
-    }
+    for name, flops in result["flops"].items():
+        label = "share of peak" if name == "useful" else f"share of peak, {name} operations"
+        for dtype, rate in result["gemm_rates"].items():
+            figures[f"{label}, {dtype}"] = flops / seconds[f"ours, {dtype}"] / rate
     return figures
 
 
 def describe(result: dict[str, Any]) -> str:
     """Tables of seconds and of figures with their goals, which are set for ViT-B/32."""
     rows = [
-        [name, f"{took:.3f}", f"{result['gradient_errors'].get(name, 0):.1e}" if "peft" not in name else ""]
+        [
+            name,
+            f"{took:.3f}",
+            f"{result['median_seconds'][name]:.3f}",
+            f"{result['cpu_seconds'][name]:.3f}",
+            f"{result['gradient_errors'].get(name, 0):.1e}" if "peft" not in name else "",
+        ]
         for name, took in result["seconds"].items()
     ]
     goals = GOALS if result["model"] == "ViT-B-32" else {}
@@ -218,8 +241,9 @@ def describe(result: dict[str, Any]) -> str:
     rates = ", ".join(f"{rate / 1e9:.0f} G/s in {dtype}" for dtype, rate in result["gemm_rates"].items())
     return (
         f"{result['model']}, batch {BATCH}, {CLASSES} classes, rank {RANK}, {result['threads']} threads; "
-        f"{result['useful_flops'] / 1e9:.1f} G useful operations, a 2048³ product runs at {rates}.\n\n"
-        + reporting.table(["step", "seconds", "gradient error"], rows)
+        f"{result['flops']['useful'] / 1e9:.1f} G useful operations, {result['flops']['needed'] / 1e9:.1f} G "
+        f"of them needed; a 2048³ product runs at {rates}.\n\n"
+        + reporting.table(["step", "seconds", "median", "CPU seconds", "gradient error"], rows)
         + "\n\n"
         + reporting.table(["figure", "value", "goal"], figures)
     )
@@ -231,11 +255,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="ViT-B-32")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     where, threads = reporting.machine(), usable_cpus()
     torch.set_num_threads(threads)
-    result = measure(options.model, repeats=2 if options.quick else 5)
+    result = measure(options.model, repeats=2 if options.quick else options.repeats)
     result |= {"model": options.model, "threads": threads, "seed": SEED, "machine": where}
     result["figures"] = figures_of(result)
     text = describe(result)

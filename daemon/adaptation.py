@@ -43,15 +43,19 @@ from deploy.manifest import (
     Manifest,
     load_classes,
 )
+from deploy.memory import free_memory_bytes, resident_bytes
 from deploy.preprocess import Preprocessing
 from deploy.runtime import LoadedVersion
 from deploy.store import VersionStore
 from dynlora import settings as presets
-from dynlora.clip import load_version
+from dynlora.clip import Clip, load_version
 from dynlora.encoders import fastest_dtype
 from dynlora.errors import CheckpointError, ModelError
 from dynlora.learner import Adaptation, Hooks, Progress, adapt
+from dynlora.memory import bound
 from dynlora.task import Name, Task
+
+_SHARE_OF_MEMORY = 0.8  # of what is free: others grow, too
 
 
 def adapt_batch(
@@ -87,8 +91,8 @@ def adapt_batch(
     with watch.stage("decode", is_told=False):
         task = load_task(batch, work_dir, Preprocessing.load(parent_dir / PREPROCESSOR_NAME), classes)
     with watch.stage("train"):  # with the choice of how: it takes as long as a few steps
-        if stored is None and config.learning.dtype == "auto":
-            plan = plan.model_copy(update={"dtype": fastest_dtype(clip, rank=plan.settings["rank"])})
+        if stored is None:
+            plan = _with_trials(plan, clip, task, config)
         checkpoint = settle_plan(work_dir, plan)
     with watch.stage("train"), _without_damaged(checkpoint):
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
@@ -211,8 +215,22 @@ def _plan(batch: Batch, parent: Manifest, config: Config) -> Plan:
     )
 
 
+def _with_trials(plan: Plan, clip: Clip, task: Task, config: Config) -> Plan:
+    """The plan with what only trying tells: the faster dtype, and how much fits into memory at once."""
+    if config.learning.dtype == "auto":
+        plan = plan.model_copy(update={"dtype": fastest_dtype(clip, rank=plan.settings["rank"])})
+    if config.learning.memory_bytes:
+        limit = config.learning.memory_bytes - resident_bytes()
+    else:
+        limit = int(_SHARE_OF_MEMORY * free_memory_bytes())
+    bounded = bound(clip, task, _settings(plan), limit_bytes=limit)
+    update = {"images_at_once": bounded.images_at_once, "prompts_at_once": bounded.prompts_at_once}
+    return plan.model_copy(update=update)
+
+
 def _settings(plan: Plan) -> presets.Settings:
-    return presets.Settings.from_dict(plan.settings | {"dtype": plan.dtype})
+    chosen = ("dtype", "images_at_once", "prompts_at_once")
+    return presets.Settings.from_dict(plan.settings | {name: getattr(plan, name) for name in chosen})
 
 
 def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds: float) -> Hooks:
@@ -275,6 +293,8 @@ def _method(plan: Plan, adaptation: Adaptation, seconds: float) -> dict[str, obj
         "final_loss": adaptation.loss,
         "scale": adaptation.scale,
         "dtype": plan.dtype,
+        "images_at_once": plan.images_at_once,
+        "prompts_at_once": plan.prompts_at_once,
         "threads": plan.threads,
         "seconds": seconds,
     }

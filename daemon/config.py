@@ -66,6 +66,7 @@ class LearningConfig(Section):
     rank: int = Field(0, ge=0)  # 0: the preset's
     steps: int = Field(0, ge=0)  # 0: the preset's
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where a trial says it is faster
+    memory_bytes: int = Field(0, ge=0)  # of the worker while it learns; 0: most of what it may take
     seed: int = Field(0, ge=0)  # another one gives other random numbers, all else equal
     threads: int = Field(0, ge=0)  # 0: every core this process may use
     checkpoint_seconds: float = Field(60.0, gt=0)

@@ -29,6 +29,8 @@ class Plan(BaseModel):
     seed: int
     splits: dict[str, Literal["train", "tune", "exam"]]  # image sha256 → split
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the towers while learning
+    images_at_once: int | None = None  # memory bounds what is computed at once; None: all of a step
+    prompts_at_once: int | None = None
     threads: int  # torch's; another number may round differently
     preset: str
     settings: dict[str, Any]

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynlora.blocks import Block, Layers, find_blocks
+from dynlora.blocks import Block, Layers, class_path, find_blocks
 from dynlora.errors import ModelError
 from dynlora.lora import LoRA, LoRAAttention, LoRAFusedLinear, LoRALinear
 
 Undo = list[tuple[nn.Module, str, Any]]
+
+_FEW_KEYS = "timm.models.pvt_v2.Attention"  # of a reduced picture
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ def _wrap(block: Block, rank: int, undo: Undo) -> list[Site]:
         # to add it separately: the same sum.
         undo.append((attention, "qkv_bias_separate", attention.qkv_bias_separate))
         attention.qkv_bias_separate = True
+    elif class_path(attention) == _FEW_KEYS:
+        # torch's attention for long sequences is slower there, and many times so in bfloat16.
+        undo.append((attention, "fused_attn", attention.fused_attn))
+        attention.fused_attn = False
     for part, layers in block.layers.items():
         sites += _wrap_linears(block, part, layers, rank, undo)
     return sites

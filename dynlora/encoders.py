@@ -5,19 +5,22 @@ What learns, the optimiser, the loss and the fold stay in float32.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dynlora import attach, prompts
+from dynlora import attach, prompts, towers
 from dynlora.clip import Clip
 from dynlora.prompts import Prompts
+from dynlora.settings import Settings
 
 Dtype = Literal["float32", "bfloat16"]
+Part = TypeVar("Part", Tensor, Prompts)
 
 # What is measured to choose a dtype: enough vectors for large products, at a fraction of a step's time.
 _TRIAL_IMAGES = 8
@@ -29,27 +32,59 @@ _WORTH = 1.2
 
 @dataclass(frozen=True)
 class Encoders:
-    """A model's towers, computing in one dtype."""
+    """A model's towers, computing in one dtype, and as many at once as memory allows.
+
+    Of more images or prompts than `…_at_once` only the embeddings are kept; when their gradients arrive, part
+    by part is computed once more. A contrastive loss, which does not split into parts, stays the same.
+    """
 
     model: nn.Module
     dtype: Dtype = "float32"
+    images_at_once: int | None = None  # None: all
+    prompts_at_once: int | None = None
+
+    @classmethod
+    def by(cls, settings: Settings, model: nn.Module) -> Self:
+        """As `settings` want them."""
+        return cls(model, settings.dtype, settings.images_at_once, settings.prompts_at_once)
 
     def images(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) → (N, dim) float32, L2-normalised, differentiable."""
-        with self._autocast(pixels):
-            features: Tensor = self.model.visual(pixels)  # type: ignore[operator]
-        return F.normalize(features.float(), dim=-1)
+        return _in_parts(self._images, torch.split(pixels, self.images_at_once or len(pixels)))
 
     def texts(self, of: Prompts) -> Tensor:
         """N prompts → (N, dim) float32, L2-normalised, differentiable."""
+        rows = torch.split(torch.arange(len(of)), self.prompts_at_once or len(of))
+        return _in_parts(self._texts, [of.rows(part) for part in rows] if len(rows) > 1 else [of])
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        with self._autocast(pixels):
+            features = towers.embed_images(self.model, pixels)
+        return F.normalize(features.float(), dim=-1)
+
+    def _texts(self, of: Prompts) -> Tensor:
         with self._autocast(of.tokens):
-            return prompts.encode_text(self.model, of)
+            return towers.embed_texts(self.model, of)
 
     def _autocast(self, example: Tensor) -> torch.autocast:
         # Frozen weights are not worth autocast's cache: ours keeps those of the large products.
         return torch.autocast(
             example.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16", cache_enabled=False
         )
+
+
+def _in_parts(embed: Callable[[Part], Tensor], parts: Sequence[Part]) -> Tensor:
+    """The embeddings of all parts; what leads to them is kept for the last part alone.
+
+    That part's gradients are the first to be computed, so it would be computed twice for nothing.
+    """
+    *others, last = parts
+    if not others:
+        return embed(last)
+    kept: list[Tensor] = [
+        checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False) for part in others
+    ]
+    return torch.cat([*kept, embed(last)])
 
 
 def fastest_dtype(clip: Clip, *, rank: int) -> Dtype:

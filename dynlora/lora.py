@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynlora.attention import attend, join_heads, split_heads
 from dynlora.products import Frozen, adapted_product
 
 
@@ -90,7 +90,27 @@ class LoRAAttention(nn.Module):
         width = base.embed_dim
         self.q, self.k, self.v = (LoRA(width, width, rank) for _ in range(3))
         self.out = LoRALinear(base.out_proj, rank)
-        self._frozen = Frozen(base.in_proj_weight, base.in_proj_bias)
+        weight, bias = base.in_proj_weight, base.in_proj_bias
+        self._frozen = Frozen(weight, bias)
+        self._frozen_q = Frozen(weight[:width], None if bias is None else bias[:width])
+        self._frozen_kv = Frozen(weight[width:], None if bias is None else bias[width:])
+
+    @property
+    def heads(self) -> int:
+        """How many."""
+        return int(self.base.num_heads)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """(…, D) → q, k and v, (…, 3D)."""
+        return _product(x, self._frozen, [self.q, self.k, self.v])
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(…, D) → q alone, (…, D)."""
+        return _product(x, self._frozen_q, [self.q])
+
+    def keys_and_values(self, x: Tensor) -> Tensor:
+        """(…, D) → k and v, (…, 2D)."""
+        return _product(x, self._frozen_kv, [self.k, self.v])
 
     def forward(
         self,
@@ -103,16 +123,9 @@ class LoRAAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """(B, L, D) three times the same → (B, L, D), None. `attn_mask` (L, L) is added to the scores."""
         assert query is key and key is value and not need_weights, "self-attention only"
-        x = query
-        fused = _product(x, self._frozen, [self.q, self.k, self.v])  # (B, L, 3D)
-        q, k, v = (self._split_heads(part) for part in fused.chunk(3, dim=-1))  # (B, heads, L, D / heads)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        q, k, v = split_heads(self.fused(query), self.heads, 3)  # (B, heads, L, D / heads)
+        out: Tensor = self.out(join_heads(attend(q, k, v, attn_mask)))
         return out, None
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        return x.view(batch, length, self.base.num_heads, width // self.base.num_heads).transpose(1, 2)
 
 
 def _product(x: Tensor, frozen: Frozen, loras: Iterable[nn.Module]) -> Tensor:

@@ -46,7 +46,7 @@ class PublishedObjective:
     """
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
-        self.encoders, self.task = Encoders(clip.model, settings.dtype), task
+        self.encoders, self.task = Encoders.by(settings, clip.model), task
         self.prompts = prompts.tokenize(
             clip, [c.name for c in task.classes], [c.template for c in task.classes]
         )

@@ -19,25 +19,51 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from dynlora.packed import PackedMatrix, can_pack
+
 # How much slower thin products run than large ones (docs/log.md). Where it is wrong, only time is lost.
 _THINNESS = 3.0
 
 
 class Frozen:
-    """A weight matrix (out, in) that is never written to, with its bias; remembers itself in other dtypes."""
+    """A weight matrix (out, in) that is never written to, with its bias, multiplied in any dtype.
+
+    Remembers itself cast and packed, for products with it and with its transpose, from the first one on.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self._cast: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+        self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._packed: dict[tuple[str, torch.dtype], PackedMatrix] = {}
 
-    def of(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in `dtype`."""
-        if dtype == self.weight.dtype:
-            return self.weight, self.bias
-        if dtype not in self._cast:
-            bias = None if self.bias is None else self.bias.to(dtype)
-            self._cast[dtype] = self.weight.to(dtype), bias
-        return self._cast[dtype]
+    def multiply(self, x: Tensor) -> Tensor:
+        """(N, in) → (N, out): x Wᵀ + b, in the dtype of x."""
+        bias = self.bias_in(x.dtype)
+        if can_pack(x.device.type, x.dtype):
+            return self._pack("W", self.weight, x.dtype).multiply(x, bias)
+        return F.linear(x, self._in("W", self.weight, x.dtype), bias)
+
+    def multiply_transposed(self, y: Tensor) -> Tensor:
+        """(N, out) → (N, in): y W, in the dtype of y."""
+        if can_pack(y.device.type, y.dtype):
+            return self._pack("transposed", self.weight.T, y.dtype).multiply(y, None)
+        return y @ self._in("W", self.weight, y.dtype)
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias, (out,), in `dtype`."""
+        return None if self.bias is None else self._in("b", self.bias, dtype)
+
+    def _in(self, what: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype == tensor.dtype:
+            return tensor
+        if (what, dtype) not in self._cast:
+            self._cast[what, dtype] = tensor.to(dtype)
+        return self._cast[what, dtype]
+
+    def _pack(self, what: str, matrix: Tensor, dtype: torch.dtype) -> PackedMatrix:
+        if (what, dtype) not in self._packed:
+            self._packed[what, dtype] = PackedMatrix(matrix.to(dtype))
+        return self._packed[what, dtype]
 
 
 def adapted_product(x: Tensor, frozen: Frozen, factors: Sequence[Tensor]) -> Tensor:
@@ -69,15 +95,15 @@ class Beside(Function):
     def forward(ctx: Any, x: Tensor, frozen: Frozen, *factors: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         a, w, b = _joined(factors, x.dtype)
-        weight, bias = frozen.of(x.dtype)
         vectors = x.reshape(-1, x.shape[-1])
         inner = vectors @ a.T  # (N, P r)
-        y = F.linear(x, weight, bias)  # not a view: some blocks go on to write into it
-        gated, flat = inner * w, y.view(len(vectors), -1)
+        flat, gated = frozen.multiply(vectors), inner * w
         for rows, ranks, part in _parts(b):
             flat[:, rows].addmm_(gated[:, ranks], part.T)
         ctx.save_for_backward(vectors, inner, *factors)
         ctx.frozen, ctx.shape = frozen, x.shape
+        # Not as a view: some blocks go on to write into it.
+        y: Tensor = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])  # noqa: SLF001
         return y
 
     @staticmethod
@@ -86,7 +112,6 @@ class Beside(Function):
         """Of y (…, out); returns those of x and of every factor."""
         vectors, inner, *factors = ctx.saved_tensors
         a, w, b = _joined(factors, vectors.dtype)
-        weight, _ = ctx.frozen.of(vectors.dtype)
         of_y = gradient.reshape(len(vectors), -1)
         of_gated = torch.empty_like(inner)
         gated = inner * w
@@ -97,7 +122,9 @@ class Beside(Function):
         of_w = (of_gated * inner).sum(0)
         of_inner = of_gated * w
         of_a = of_inner.T @ vectors
-        of_x = (of_y @ weight).addmm_(of_inner, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = ctx.frozen.multiply_transposed(of_y).addmm_(of_inner, a).view(ctx.shape)
         return of_x, None, *_as_factors(of_a, of_w, of_b, factors)
 
 
@@ -113,7 +140,7 @@ class Merged(Function):
             weight[rows].addmm_(part * w[ranks], a[ranks])
         weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight, *factors)
-        return F.linear(x, weight, frozen.of(x.dtype)[1])
+        return F.linear(x, weight, frozen.bias_in(x.dtype))
 
     @staticmethod
     @once_differentiable

@@ -83,10 +83,16 @@ def encode_text(model: nn.Module, prompts: Prompts) -> Tensor:
     x = text.token_embedding(prompts.tokens) + text.positional_embedding[:length]  # type: ignore[operator, index]
     x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])  # type: ignore[operator, index]
     x = text.ln_final(x)[torch.arange(len(prompts)), prompts.eot]  # type: ignore[operator]
+    return F.normalize(project(text, x).float(), dim=-1)
+
+
+def project(text: nn.Module, pooled: Tensor) -> Tensor:
+    """What a text tower pooled (N, D) → (N, dim)."""
     projection = text.text_projection
-    if projection is not None:
-        x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
-    return F.normalize(x.float(), dim=-1)
+    if projection is None:
+        return pooled
+    projected: Tensor = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection  # type: ignore[operator]
+    return projected
 
 
 def generic_names() -> list[str]:

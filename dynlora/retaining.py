@@ -42,7 +42,7 @@ class RetainingObjective:
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
         self.task, self.settings, self.seed = task, settings, seed
-        self.encoders = Encoders(clip.model, settings.dtype)
+        self.encoders = Encoders.by(settings, clip.model)
         self.own, self.known = len(task.classes), len(task.known)
         names = [*task.classes, *task.known, *_bank(task)]
         self.prompts = prompts.tokenize(clip, [n.name for n in names], [n.template for n in names])

@@ -18,6 +18,8 @@ class Settings:
 
     objective: Literal["published", "default"] = "published"
     dtype: Literal["float32", "bfloat16"] = "float32"  # the towers compute in; what learns stays in float32
+    images_at_once: int | None = None  # memory bounds them; None: all of a step
+    prompts_at_once: int | None = None
     rank: int = 16  # of each matrix's update before pruning
     steps: int | None = 500  # None: chosen from the number of images
     batch_size: int = 64  # images per step
@@ -57,6 +59,10 @@ class Settings:
         for name, least in (("rank", 1), ("batch_size", 1), ("kappa_levels", 2)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        for name in ("images_at_once", "prompts_at_once"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is {value}; expected at least 1, or none for all at once")
         if self.steps is not None and self.steps < 1:
             raise SettingsError(
                 f"steps is {self.steps}; expected at least 1, or none to choose from the data"

@@ -5,15 +5,21 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from daemon.adaptation import _hooks, load_task
+from daemon.adaptation import _hooks, _settings, _with_trials, load_task
 from daemon.analysing import _task
 from daemon.batch import Batch, BatchClass, BatchImage
+from daemon.config import Config
 from daemon.errors import BatchError
+from daemon.plan import Plan, settle_plan, stored_plan
 from deploy.manifest import ClassEntry
 from deploy.preprocess import Preprocessing
+from dynlora.clip import load_clip
 from dynlora.learner import Progress
+from dynlora.settings import preset
+from dynlora.task import Name, Task
 
 
 class Outlet:
@@ -117,3 +123,33 @@ def test_an_image_that_is_not_what_was_taken_in_is_never_learnt(batch, tmp_path,
 
     with pytest.raises(BatchError, match=rf"images/{number}\.png cannot be used"):
         load(batch, tmp_path)
+
+
+@pytest.mark.parametrize(("memory_bytes", "at_once"), [(1, 1), (1 << 60, None)])
+def test_how_much_is_computed_at_once_follows_the_memory_and_a_resume_obeys_it(
+    tmp_path, memory_bytes, at_once
+):
+    """With next to none one image at a time, with plenty all; the plan carries it to the next attempt."""
+    learning = {"dtype": "float32", "memory_bytes": memory_bytes}
+    plan = Plan(
+        batch="000001-cups",
+        content_sha256="0" * 64,
+        parent=1,
+        parent_weights_sha256="1" * 64,
+        seed=1,
+        splits={},
+        threads=1,
+        preset="default",
+        settings=preset("default").as_dict(),
+        software={},
+    )
+    task = Task([Name("cup")], torch.zeros(3, 3, 64, 64), torch.zeros(3, dtype=torch.int64))
+    tried = _with_trials(plan, load_clip(), task, Config.model_validate({"learning": learning}))
+    settle_plan(tmp_path, tried)
+
+    resumed = stored_plan(tmp_path, plan)
+
+    assert (tried.images_at_once, tried.prompts_at_once, tried.dtype) == (at_once, at_once, "float32")
+    assert resumed is not None
+    assert _settings(resumed) == _settings(tried)
+    assert _settings(resumed).images_at_once == at_once

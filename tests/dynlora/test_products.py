@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dynlora import packed, products
 from dynlora.products import Beside, Frozen, Merged, adapted_product, merging_pays
 
 WAYS = (Beside, Merged)
@@ -78,7 +79,7 @@ def test_the_way_follows_from_the_shapes_alone():
 
 @pytest.mark.parametrize("vectors", [4, 4096])
 def test_under_autocast_bfloat16_stays_near_float32_and_factors_keep_float32_gradients(vectors):
-    """Whichever way is taken; the frozen matrix is cast once and kept."""
+    """Whichever way is taken."""
     x, frozen, factors = _example(1, dtype=torch.float32, columns=64, rows=64, rank=4)
     x = x.detach().repeat(1, vectors // 4, 1)
     exact = torch.autograd.grad(adapted_product(x, frozen, factors).square().mean(), factors)
@@ -87,7 +88,44 @@ def test_under_autocast_bfloat16_stays_near_float32_and_factors_keep_float32_gra
     rounded = torch.autograd.grad(y.float().square().mean(), factors)
 
     assert y.dtype == torch.bfloat16
-    assert frozen.of(torch.bfloat16)[0] is frozen.of(torch.bfloat16)[0]
     for one, other in zip(rounded, exact, strict=True):
         assert one.dtype == torch.float32
         assert (one - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_frozen_matrix_multiplies_alike_packed_and_plain_from_either_side(monkeypatch, dtype, packs):
+    """With and without bias; packed where this machine can, and kept from the first product on."""
+    if not packs:
+        monkeypatch.setattr(products, "can_pack", lambda *_: False)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 32, generator=generator), torch.randn(48, generator=generator)
+    x, y = torch.randn(7, 32, generator=generator), torch.randn(7, 48, generator=generator)
+    tolerance = 1e-5 if dtype != torch.bfloat16 else 2e-2
+    for of in (bias, None):
+        frozen = Frozen(weight, of)
+        first, again = (frozen.multiply(x.to(dtype)) for _ in range(2))
+        expected = F.linear(x, weight, of)
+
+        assert first.dtype == dtype
+        assert torch.equal(first, again)
+        assert (first - expected).norm() < tolerance * expected.norm()
+        assert (frozen.multiply_transposed(y.to(dtype)) - y @ weight).norm() < tolerance * (y @ weight).norm()
+
+
+def test_an_operator_that_torch_no_longer_has_is_done_without(monkeypatch):
+    """Torch promises nothing about oneDNN's operators: absent, or computing something else."""
+
+    class Other:
+        def _reorder_linear_weight(self, weight, _):
+            return weight
+
+        def _linear_pointwise(self, x, weight, bias, *_):
+            return F.linear(x, weight, bias) * 2
+
+    for operators in (object(), Other()):
+        monkeypatch.setattr(packed, "_operators", lambda operators=operators: operators)
+        packed.can_pack.cache_clear()
+        assert not packed.can_pack("cpu", torch.float32)
+    packed.can_pack.cache_clear()
