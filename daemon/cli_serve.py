@@ -2,9 +2,11 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from daemon.errors import ConfigError
 from daemon.output import Options, common_options, pass_options
@@ -91,6 +93,7 @@ def serve(options: Options, /, **given: Any) -> None:
             f"{', '.join(missing)} not installed: this command needs the server's packages: "
             "pip install 'dynlora[server]'"
         )
+    from deploy.server.inherited import inherited_listener
     from deploy.server.launch import serve as serve_store
     from deploy.server.settings import Limits, Settings, read_token
 
@@ -99,13 +102,32 @@ def serve(options: Options, /, **given: Any) -> None:
         requests=given["max_requests"],
         request_seconds=given["timeout"],
     )
-    same = ("host", "port", "uds", "allow_anyone", "workers", "threads", "max_batch", "max_delay_ms")
+    inherited = inherited_listener()
+    given |= _address(inherited)
+    same = ("allow_anyone", "workers", "threads", "max_batch", "max_delay_ms")
+    where = ("host", "port", "uds", "is_inherited")
     settings = Settings(
         serving_dir=(given["store"] or options.existing_home() / "serving").absolute(),
         token=read_token(given["token_file"]),
         drain_seconds=given["drain"],
         access_log=given["access_log"],
         limits=limits,
-        **{name: given[name] for name in same},
+        **{name: given[name] for name in (*same, *where)},
     )
-    serve_store(settings)
+    serve_store(settings, inherited)
+
+
+def _address(inherited: socket | None) -> dict[str, Any]:
+    """Where to listen, if somebody does for us already; an address of our own would be a second one."""
+    if inherited is None:
+        return {"is_inherited": False}
+    from deploy.server.inherited import address_of
+
+    source = click.get_current_context().get_parameter_source
+    asked = [f"--{name}" for name in ("host", "port", "uds") if source(name) is ParameterSource.COMMANDLINE]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)} and a socket from systemd exclude each other: leave it out, and change "
+            "ListenStream= of dynlora-serve.socket instead"
+        )
+    return address_of(inherited)
