@@ -14,6 +14,11 @@ from daemon.output import Options, common_options, pass_options
 _PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "python_multipart", "prometheus_client")
 
 
+def missing_packages() -> list[str]:
+    """What the server needs and is not installed."""
+    return [name for name in _PACKAGES if find_spec(name) is None]
+
+
 @click.command()
 @click.option(
     "--store",
@@ -87,8 +92,7 @@ _PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "python_multipart", 
 @pass_options
 def serve(options: Options, /, **given: Any) -> None:
     """Serve the live version over HTTP: Open Inference Protocol v2, images, a page."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise ConfigError(
             f"{', '.join(missing)} not installed: this command needs the server's packages: "
             "pip install 'dynlora[server]'"
