@@ -12,6 +12,7 @@ from daemon.config import DiskConfig
 from deploy.errors import StoreError
 from deploy.manifest import Manifest
 
+_FREE = "Free some space: `dynlora prune` and `dynlora thin` remove weights that can be rebuilt"
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's own is
 
 
@@ -80,11 +81,11 @@ def check_space(
             lower = ", or lower disk.reserve_bytes"
         raise StoreError(
             f"the disk is too full to {what}: {need}, {free:,} are free on the file system of {home}"
-            f"{kept}{then} Free some space: `dynlora prune` and `dynlora thin` remove weights that can be rebuilt{lower}."
+            f"{kept}{then} {_FREE}{lower}."
         )
     if config.max_home_bytes and (used := used_bytes(home)) + needed > config.max_home_bytes:
         raise StoreError(
             f"the home is too full to {what}: {need}, it takes {used:,} already, and "
-            f"{config.max_home_bytes:,} are allowed (disk.max_home_bytes){then} Free some space: "
-            "`dynlora prune` and `dynlora thin` remove weights that can be rebuilt; or raise disk.max_home_bytes."
+            f"{config.max_home_bytes:,} are allowed (disk.max_home_bytes){then} {_FREE}, or raise "
+            "disk.max_home_bytes."
         )

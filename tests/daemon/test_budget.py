@@ -33,8 +33,8 @@ def test_what_others_are_promised_is_not_used(tmp_path: Path, thousand_free) -> 
         )
 
     assert str(refused.value) == (
-        "the disk is too full to learn 000001-cups: 1,000 bytes are needed (600 for the staged version, 400 for"
-        f" checkpoints and the delta), 1,000 are free on the file system of {tmp_path}, of which 1 stay free"
+        "the disk is too full to learn 000001-cups: 1,000 bytes are needed (600 for the staged version, "
+        f"400 for checkpoints and the delta), 1,000 are free on the file system of {tmp_path}, of which 1 stay free"
         " (disk.reserve_bytes). It waits in work. Free some space: `dynlora prune` and `dynlora thin` remove"
         " weights that can be rebuilt, or lower disk.reserve_bytes."
     )
