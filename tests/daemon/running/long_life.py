@@ -50,7 +50,7 @@ def wait_for_done(process, home: Path, count: int) -> None:
     while done < count:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while len(spool.ids("done")) == done:
-            assert process.poll() is None, process.stderr.read() if process.stderr else process.returncode
+            assert process.poll() is None, process.returncode
             assert time.monotonic() < deadline, (home / "status.json").read_text()
             time.sleep(0.1)
         done = len(spool.ids("done"))

@@ -36,7 +36,8 @@ def test_hundreds_of_batches_leave_the_daemon_as_small_as_it_was(tmp_path):
     found_tiny(home / "serving")
     (home / "config.toml").write_text(CONFIG)
     behave(home, grade_all=True, steps=1, step_seconds=0)
-    process = start_daemon(home)
+    log = (tmp_path / "daemon.log").open("w")
+    process = start_daemon(home, log=log)
     started = time.monotonic()
     try:
         before, after = live(process, home, warm=10, count=BATCHES)
@@ -49,6 +50,7 @@ def test_hundreds_of_batches_leave_the_daemon_as_small_as_it_was(tmp_path):
         assert again.returncode == 0
     finally:
         process.kill()
+        log.close()
 
     store = VersionStore(home / "serving")
     print(sizes(home))
