@@ -45,7 +45,7 @@ def test_what_workers_need_does_not_pile_up_in_the_daemon(tmp_path):
         )
     started = time.monotonic()
     try:
-        before, after = live(process, home, warm=4, count=BATCHES)
+        before, after = live(process, home, warm=4, count=BATCHES, standing_by=1)
         tell(before, after, home, time.monotonic() - started)
         process.send_signal(signal.SIGTERM)
         assert process.wait(100) == 0

@@ -57,16 +57,32 @@ def wait_for_done(process, home: Path, count: int) -> None:
         assert spool.ids("failed") == []
 
 
-def live(process, home: Path, *, warm: int, count: int) -> tuple[Footprint, Footprint]:
+def wait_for_rest(pid: int, home: Path, children: int) -> None:
+    """Wait until nothing is under way and so many workers stand by: pipes to a worker are no leak."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        found = len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        if json.loads((home / "status.json").read_text())["state"] == "idle" and found == children:
+            return
+        assert time.monotonic() < deadline, (found, (home / "status.json").read_text())
+        time.sleep(0.1)
+
+
+def live(process, home: Path, *, warm: int, count: int, standing_by: int) -> tuple[Footprint, Footprint]:
     """Drop and await `count` batches; the daemon's footprint after the first `warm` ones, and after all.
 
     Batches come ten at a time, as from a producer that looks at the queue.
+
+    Args:
+        standing_by: how many workers wait for the next batch while there is none.
     """
     before = None
     for number in range(1, count + 1):
         drop(home, number)
         if number % 10 == 0 or number in (warm, count):
             wait_for_done(process, home, number)
+        if number in (warm, count):
+            wait_for_rest(process.pid, home, standing_by)
         if number == warm:
             before = footprint(process.pid)
     assert before is not None

@@ -40,7 +40,7 @@ def test_hundreds_of_batches_leave_the_daemon_as_small_as_it_was(tmp_path):
     process = start_daemon(home, log=log)
     started = time.monotonic()
     try:
-        before, after = live(process, home, warm=10, count=BATCHES)
+        before, after = live(process, home, warm=10, count=BATCHES, standing_by=0)
         tell(before, after, home, time.monotonic() - started)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
