@@ -49,10 +49,11 @@ def large_files(directory: Path) -> list[Path]:
 
     A version that brought new graphs keeps them: those after it are rebuilt with copies.
     """
-    kept: tuple[str, ...] = KEPT_WHEN_PRUNED
-    if load_manifest(directory).kind == "regraph":
-        kept += GRAPH_NAMES
-    return [path for path in directory.iterdir() if path.name not in kept]
+    large = [path for path in directory.iterdir() if path.name not in KEPT_WHEN_PRUNED]
+    # Of a version that was pruned already no manifest is read: there may be hundreds of them.
+    if any(path.name in GRAPH_NAMES for path in large) and load_manifest(directory).kind == "regraph":
+        large = [path for path in large if path.name not in GRAPH_NAMES]
+    return large
 
 
 def thin_version(directory: Path) -> bool:
