@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-nightly lint bench clean
+.PHONY: help demo test test-nightly lint bench dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -47,6 +47,11 @@ bench: $(STAMP)  ## measure on the full image packs of ../shared/data
 	$(BIN)/python -m benchmarks.native_inbox
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.stream
+
+dist: $(STAMP)  ## the wheel, and the systemd units as an archive, in dist/
+	rm -rf build dist
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m daemon.unit_archive dist
 
 clean:  ## remove .venv, caches and the demo's home
 	rm -rf $(VENV) demo-home build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -77,12 +77,13 @@ def rebuild(options: Options, version: int, *, why: str) -> None:
 @pass_options
 def prune(options: Options, *, keep: int | None, dry_run: bool, why: str) -> None:
     """Free the disk of old versions' large files; deltas and records stay, so that they can be rebuilt."""
-    from deploy.space import large_files, prunable
+    from deploy.prune import large_files
+    from deploy.space import prunable
 
     store = options.store()
     planned = prunable(store, options.config().store.keep_full if keep is None else keep)
     if dry_run:
-        sizes = {n: sum(path.stat().st_size for path in large_files(store, n)) for n in planned}
+        sizes = {n: sum(path.stat().st_size for path in large_files(store.path(n))) for n in planned}
         found: dict[str, Any] = {"versions": planned, "bytes": sum(sizes.values()), "kept": {}}
         options.show(
             found | {"dry_run": True}, lambda: _say_freed(found, "would be pruned", "nothing was done")

@@ -2,14 +2,21 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from daemon.errors import ConfigError
 from daemon.output import Options, common_options, pass_options
 
 _PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "python_multipart", "prometheus_client")
+
+
+def missing_packages() -> list[str]:
+    """What the server needs and is not installed."""
+    return [name for name in _PACKAGES if find_spec(name) is None]
 
 
 @click.command()
@@ -85,12 +92,12 @@ _PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "python_multipart", 
 @pass_options
 def serve(options: Options, /, **given: Any) -> None:
     """Serve the live version over HTTP: Open Inference Protocol v2, images, a page."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise ConfigError(
             f"{', '.join(missing)} not installed: this command needs the server's packages: "
             "pip install 'dynlora[server]'"
         )
+    from deploy.server.inherited import inherited_listener
     from deploy.server.launch import serve as serve_store
     from deploy.server.settings import Limits, Settings, read_token
 
@@ -99,13 +106,32 @@ def serve(options: Options, /, **given: Any) -> None:
         requests=given["max_requests"],
         request_seconds=given["timeout"],
     )
-    same = ("host", "port", "uds", "allow_anyone", "workers", "threads", "max_batch", "max_delay_ms")
+    inherited = inherited_listener()
+    given |= _address(inherited)
+    same = ("allow_anyone", "workers", "threads", "max_batch", "max_delay_ms")
+    where = ("host", "port", "uds", "is_inherited")
     settings = Settings(
         serving_dir=(given["store"] or options.existing_home() / "serving").absolute(),
         token=read_token(given["token_file"]),
         drain_seconds=given["drain"],
         access_log=given["access_log"],
         limits=limits,
-        **{name: given[name] for name in same},
+        **{name: given[name] for name in (*same, *where)},
     )
-    serve_store(settings)
+    serve_store(settings, inherited)
+
+
+def _address(inherited: socket | None) -> dict[str, Any]:
+    """Where to listen, if somebody does for us already; an address of our own would be a second one."""
+    if inherited is None:
+        return {"is_inherited": False}
+    from deploy.server.inherited import address_of
+
+    source = click.get_current_context().get_parameter_source
+    asked = [f"--{name}" for name in ("host", "port", "uds") if source(name) is ParameterSource.COMMANDLINE]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)} and a socket from systemd exclude each other: leave it out, and change "
+            "ListenStream= of dynlora-serve.socket instead"
+        )
+    return address_of(inherited)

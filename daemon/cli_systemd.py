@@ -1,4 +1,4 @@
-"""`dynlora systemd`: install the daemon as a service, take it away again."""
+"""`dynlora systemd`: install daemon and server as services, take them away again."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from daemon.output import Options, common_options, pass_options
 
 @click.group()
 def systemd() -> None:
-    """Run the daemon as a systemd service."""
+    """Run daemon and server as systemd services."""
 
 
 def _target_options(command: Any) -> Any:
@@ -25,21 +25,24 @@ def _target_options(command: Any) -> Any:
 @common_options
 @pass_options
 def install(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> None:
-    """Write unit, user and inbox, and let systemd read them; nothing is started yet.
+    """Write units, users and inbox, and let systemd read them; nothing is started yet.
 
     The home is /var/lib/dynlora, or what --home says; with --user it is what every command uses.
     """
     from daemon import systemd as units
+    from daemon import unit_files
 
     target = _target(options, is_user=is_user, root=root)
-    warnings = units.cautions(target)
+    warnings = [*unit_files.cautions(target), *_missing_server()]
     if dry_run:
-        files = {str(path): content for path, content in units.render(target).items()}
+        files = {str(path): content for path, content in unit_files.render(target).items()}
         options.show({"files": files, "warnings": warnings}, lambda: _say_files(files))
         return
     written = [str(path) for path in units.install(target, units.run_command)]
-    start = " ".join(target.manager("enable", "--now", units.UNIT))
-    document = {"written": written, "start": start, "warnings": warnings}
+    start, serve = (
+        " ".join(target.manager("enable", "--now", unit)) for unit in (unit_files.UNIT, unit_files.SERVE_UNIT)
+    )
+    document = {"written": written, "start": start, "serve": serve, "warnings": warnings}
 
     def text() -> None:
         for path in written:
@@ -50,6 +53,7 @@ def install(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> No
             as_user = "" if is_user else "sudo -u dynlora "
             click.echo(f"make its home first: {as_user}{target.python} -m daemon.cli init {target.home}")
         click.echo(f"start it: {start}")
+        click.echo(f"serve it over HTTP: {serve}")
 
     options.show(document, text)
 
@@ -59,12 +63,13 @@ def install(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> No
 @common_options
 @pass_options
 def uninstall(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> None:
-    """Stop the service and remove its files. Home, user and group stay: they hold what was learnt."""
+    """Stop the services and remove their files. Home, user and group stay: they hold what was learnt."""
     from daemon import systemd as units
+    from daemon import unit_files
 
     target = _target(options, is_user=is_user, root=root)
     if dry_run:
-        removed = [str(path) for path in units.render(target) if path.exists()]
+        removed = [str(path) for path in unit_files.render(target) if path.exists()]
     else:
         removed = [str(path) for path in units.uninstall(target, units.run_command)]
     verb = "would remove" if dry_run else "removed"
@@ -72,10 +77,23 @@ def uninstall(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> 
 
 
 def _target(options: Options, *, is_user: bool, root: Path) -> Any:
-    from daemon import systemd as units
+    from daemon.systemd import systemd_version
+    from daemon.unit_files import SYSTEM_HOME, Target
 
-    home = options.home.absolute() if is_user or options.home_option else units.SYSTEM_HOME
-    return units.Target(home=home, is_user=is_user, root=root, version=units.systemd_version())
+    home = options.home.absolute() if is_user or options.home_option else SYSTEM_HOME
+    return Target(home=home, is_user=is_user, root=root, version=systemd_version())
+
+
+def _missing_server() -> list[str]:
+    """A sentence, if the server's packages are not installed here."""
+    from daemon.cli_serve import missing_packages
+
+    missing = missing_packages()
+    sentence = (
+        f"dynlora-serve.service will not start before the server's packages are here ({', '.join(missing)}): "
+        "pip install 'dynlora[server]'"
+    )
+    return [sentence] if missing else []
 
 
 def _say_files(files: dict[str, str]) -> None:

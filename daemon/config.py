@@ -101,10 +101,19 @@ class StoreConfig(Section):
     keep_full: int = Field(3, ge=2)  # the live one and the one to roll back to at least
 
 
+class DiskConfig(Section):
+    """How much of the disk may be used; nothing is started that would go beyond."""
+
+    reserve_bytes: int = Field(0, ge=0)  # stays free for everybody else on the file system
+    max_home_bytes: int = Field(0, ge=0)  # what the whole home may take; 0: as much as there is
+
+
 class RetentionConfig(Section):
-    """When images that are no longer needed are deleted."""
+    """When that is deleted which is no longer needed; 0 for exams and events: never."""
 
     done_days: float = Field(7.0, ge=0)
+    exam_days: float = Field(0.0, ge=0)
+    event_days: float = Field(0.0, ge=0)
 
 
 class AttemptsConfig(Section):
@@ -220,6 +229,7 @@ class Config(Section):
     learning: LearningConfig = LearningConfig()
     exam: ExamConfig = ExamConfig()
     store: StoreConfig = StoreConfig()
+    disk: DiskConfig = DiskConfig()
     retention: RetentionConfig = RetentionConfig()
     attempts: AttemptsConfig = AttemptsConfig()
     schedule: ScheduleConfig = ScheduleConfig()

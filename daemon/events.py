@@ -62,12 +62,12 @@ class EventLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All events, rotated files first; lines that are not JSON objects are skipped."""
-        rotated = sorted(self._path.parent.glob("events-*.jsonl"))
+        rotated = earlier_events(self._path.parent)
         return [entry for path in [*rotated, self._path] for entry in _entries(path)]
 
     def tail(self, max_bytes: int = 1 << 18) -> list[dict[str, Any]]:
         """The last events, oldest first, from no more than so much of the end of the log."""
-        paths = [*sorted(self._path.parent.glob("events-*.jsonl"))[-1:], self._path]
+        paths = [*earlier_events(self._path.parent)[-1:], self._path]
         found: list[dict[str, Any]] = []
         for path in reversed(paths):
             lines = _last_lines(path, max_bytes)
@@ -91,6 +91,17 @@ class EventLog:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
                     file.write(b"\n")
+
+
+def earlier_events(home: Path) -> list[Path]:
+    """The files that the log was continued from, oldest first."""
+    return sorted(home.glob("events-*.jsonl"))
+
+
+def rotated_at(path: Path) -> float:
+    """When such a file got its last event, in seconds since the epoch; by its name, which no copy changes."""
+    nanoseconds = path.stem.removeprefix("events-")
+    return int(nanoseconds) / 1e9 if nanoseconds.isdecimal() else path.stat().st_mtime
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:

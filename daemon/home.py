@@ -48,6 +48,11 @@ def check_home(home: Path) -> None:
 
 def _check_format(home: Path) -> None:
     found = (home / FORMAT_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    if found.isdecimal() and int(found) > int(FORMAT):
+        raise ConfigError(
+            f"{home} has format {found!r}, and this release of dynlora knows {FORMAT!r}: a newer one has "
+            "used it. Install that release or a later one, or restore the backup from before the upgrade."
+        )
     if found != FORMAT:
         raise ConfigError(
             f"{home} has format {found!r}, expected {FORMAT!r}: it belongs to another release of dynlora. "

@@ -15,13 +15,14 @@ from typing import Any, NoReturn
 
 from daemon import attempts, logs
 from daemon.batch import Batch
+from daemon.budget import check_space, needs_of_learning
 from daemon.errors import BatchError, DaemonError
 from daemon.publish import Publisher
 from daemon.reception import known
 from daemon.recovery import next_step
 from daemon.spool import Reason
 from daemon.standby import Standby
-from daemon.status import check_space, is_full_disk
+from daemon.status import is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_STOPPED, Worker, default_command
 from deploy.errors import DeployError, StoreError
 
@@ -198,10 +199,9 @@ class Lifecycle:
             self._give_up(batch_id, why)
             return
         live = self._store.current()
-        needed = 2 * sum(record.bytes for record in self._store.manifest(live).files.values())
-        where = self._spool.state_dir("work") / batch_id
-        # The new version, and as much again for checkpoints.
-        check_space(self._home, needed, f"learn {batch_id}", waits=f" It waits in {where}.")
+        needs = needs_of_learning(self._store.manifest(live))
+        waits = f"It waits in {self._spool.state_dir('work') / batch_id}."
+        check_space(self._home, self._publisher.config.disk, needs, f"learn {batch_id}", waits=waits)
         batch = batch.with_attempt(datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"))
         self._spool.save(batch)  # before the worker exists: an attempt that kills us is counted
         self._publisher.drop_staging(batch_id)

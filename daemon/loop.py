@@ -17,9 +17,9 @@ from daemon.config import Config, load_config
 from daemon.errors import ConfigError, DaemonError
 from daemon.lifecycle import Launch
 from daemon.lock import HomeLock
-from daemon.notify import Notifier
 from daemon.progress import View
 from daemon.service import Service
+from deploy.notify import Notifier
 
 TICK_SECONDS = 0.2
 LOCK_SECONDS = 1.0

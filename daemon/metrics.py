@@ -76,6 +76,9 @@ class Metrics:
             "inbox_oldest_age_seconds", "How long the oldest drop waits that is not learnt yet; 0: none."
         )
         self._free = self._gauge("disk_free_bytes", "Free space on the home's file system.")
+        self._needed = self._gauge(
+            "disk_needed_bytes", "What must be free for a batch to be learnt, disk.reserve_bytes included."
+        )
         self._size = self._gauge("disk_size_bytes", "Size of the home's file system.")
 
     def _define_work(self) -> None:
@@ -170,6 +173,7 @@ class Metrics:
         disk = os.statvfs(self._spool.root)
         self._free.set(disk.f_bavail * disk.f_frsize)
         self._size.set(disk.f_blocks * disk.f_frsize)
+        self._needed.set(content.get("disk_needed_bytes") or 0)
         live = content["live"]
         self._live.set(-1 if live is None else live)
         if live is not None and live != self._shown:

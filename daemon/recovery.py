@@ -13,7 +13,12 @@ from daemon.batch import Batch
 from daemon.spool import State
 from deploy.manifest import Manifest
 
-_PUBLICATIONS = {"initial": "initialised", "promote": "promoted", "revert": "reverted"}
+_PUBLICATIONS = {
+    "initial": "initialised",
+    "promote": "promoted",
+    "revert": "reverted",
+    "regraph": "regraphed",
+}
 Step = Literal["finish", "judge", "redo", "restart", "resume"]
 
 

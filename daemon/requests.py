@@ -35,7 +35,7 @@ TIMEOUT_SECONDS = 120.0  # how long a command waits, so how old a request may be
 KEEP_ANSWERS = timedelta(days=1)
 
 
-def _current_user() -> str:
+def current_user() -> str:
     """Name of the user who runs this process; the number where the system knows no name."""
     try:
         return getpass.getuser()
@@ -78,7 +78,7 @@ class Request(BaseModel):
     versions: tuple[int, ...] = ()
     insist: bool = False
     name: str = Field("", exclude=True)
-    who: str = Field(default_factory=_current_user)
+    who: str = Field(default_factory=current_user)
     why: str = ""
     created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
 

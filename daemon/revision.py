@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from daemon import logs
+from daemon.budget import check_space, version_bytes
 from daemon.errors import DaemonError, WorkerError
 from daemon.gate import decide, decide_revert, overruled
 from daemon.lifecycle import Launch
@@ -22,7 +23,6 @@ from daemon.publish import Publisher
 from daemon.reception import known
 from daemon.report import Report, staging_name
 from daemon.requests import Answer, Request, is_waiting
-from daemon.status import check_space
 from daemon.supervisor import EXIT_DONE, Message, Worker
 from deploy import atomic
 from deploy.errors import DeployError, StoreError
@@ -152,7 +152,7 @@ class Reviser:
         self._store.complete()
         if request.command == "rebuild":
             version = _named(request.to, "a version to rebuild")
-            size = sum(record.bytes for record in self._store.manifest(version).files.values())
+            size = version_bytes(self._store.manifest(version))
             arguments = ["rebuild", "--home", str(self._publisher.home), "--version", str(version)]
         else:
             batch_id = _named(request.batch, "a batch")
@@ -160,9 +160,10 @@ class Reviser:
             if done is not None:
                 return done
             self._check_pin()
-            size = sum(record.bytes for record in self._store.live_manifest().files.values())
+            size = version_bytes(self._store.live_manifest())
             arguments = self._arguments(request.command, batch_id)
-        check_space(self._publisher.home, size, f"{request.command} {request.batch or request.to}")
+        what = f"{request.command} {request.batch or request.to}"
+        check_space(self._publisher.home, self._publisher.config.disk, {"the version": size}, what)
         if request.command != "rebuild":
             what = f"{request.who} asked to {request.command} {request.batch}"
             self._pause_learning(what)

@@ -5,11 +5,13 @@ Knows the order of things; each of them lives in a module of its own.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from daemon import attempts, logs, operations, retention
+from daemon.budget import needed_bytes
 from daemon.config import Config, keys_of
 from daemon.events import EventLog
 from daemon.exams import exam_dir
@@ -86,6 +88,8 @@ class Service:
         batches = [(state, batch) for state in STATES for batch in self._spool.batches(state)]
         manifests = [self._store.manifest(version) for version in self._store.versions()]
         for event in missing_events(self._events.read(), manifests, batches):
+            if not retention.is_worth_telling(event["at"], self._config.retention, time.time()):
+                continue
             if not self._events.record(**event):
                 break
         self._publisher.finish_promoted()
@@ -290,7 +294,13 @@ class Service:
     def _sweep(self, now: float) -> None:
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_SECONDS
-            retention.sweep(self._home, self._config.retention, now)
+            config = self._config.retention
+            retention.sweep(self._home, config, now)
+            for name in retention.drop_old_events(self._home, config, now):
+                self.tell("events_dropped", file=name, kept_days=config.event_days)
+            if self._lifecycle.working is None and self._reviser.working is None:  # nobody grades on them
+                for batch_id in retention.drop_old_exams(self._home, config, now):
+                    self.tell("exam_dropped", batch=batch_id, kept_days=config.exam_days)
 
     def _show(self, now: float) -> None:
         """Progress for people, status.json for programs."""
@@ -313,9 +323,17 @@ class Service:
             "trouble": self.trouble,
             "rests": self._resting.rest.to_dict() if self._resting.rest else None,
             "oldest_at": self._waits.oldest_at(self.reception.arriving),
+            "disk_needed_bytes": self._needed_bytes(live),
         }
         self._observers.show(content, now)
         self._status.write(content, now_or_later=working is not None and "step" in working)
+
+    def _needed_bytes(self, live: int | None) -> int | None:
+        """What must be free for a batch to be learnt; None where nobody knows, for lack of a live version."""
+        try:
+            return None if live is None else needed_bytes(self._store.manifest(live), self._config.disk)
+        except DeployError:
+            return None
 
     def _look_at_store(self) -> tuple[Pin | None, int | None]:
         try:

@@ -6,7 +6,6 @@ crash, and nothing reads it to decide. `snapshot` reads the listing itself.
 
 import errno
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,23 +131,3 @@ def describe(error: OSError, where: object = "no file named") -> str:
     """
     what = f"{error.strerror or error}: {error.filename or where}"
     return f"the disk is full ({what}); free some space" if is_full_disk(error) else what
-
-
-def free_bytes(path: Path) -> int:
-    """Free space that an unprivileged process may use on the file system of `path`."""
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
-
-
-def check_space(home: Path, needed: int, what: str, *, waits: str = "") -> None:
-    """Refuse to start what cannot be finished.
-
-    Raises:
-        StoreError: the disk has less free space than is needed, in bytes.
-    """
-    free = free_bytes(home)
-    if free < needed:
-        raise StoreError(
-            f"the disk is too full to {what}: {needed:,} bytes are needed, {free:,} are free.{waits} "
-            "Free some space."
-        )

@@ -125,6 +125,11 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
         elif options.command == "analyze":
             _analyze(options, outlet)
             return EXIT_DONE
+        elif options.command == "regraph":
+            from daemon.regraphing import stage_regraph
+
+            outlet.say("result", draft=stage_regraph(options.home, options.parent, outlet=outlet))
+            return EXIT_DONE
         else:
             from daemon.adaptation import adapt_batch
             from daemon.config import load_config
@@ -241,6 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     rebuild = commands.add_parser("rebuild")
     rebuild.add_argument("--home", type=Path, required=True)
     rebuild.add_argument("--version", type=int, required=True)
+    regraph = commands.add_parser("regraph")
+    regraph.add_argument("--home", type=Path, required=True)
+    regraph.add_argument("--parent", type=int, required=True)
     analyze = commands.add_parser("analyze")
     analyze.add_argument("--home", type=Path, required=True)
     analyze.add_argument("--config", type=lambda text: Path(text) if text else None)

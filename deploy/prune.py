@@ -14,10 +14,12 @@ from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
     CLASSES_NAME,
     DELTA_NAME,
+    GRAPH_NAMES,
     MANIFEST_NAME,
     REFERENCE_NAME,
     SIGNATURE_NAME,
     WEIGHTS_NAME,
+    load_manifest,
 )
 
 # Enough to tell the history, to recognise a batch, and to rebuild the version from version 0.
@@ -39,7 +41,19 @@ def prune_version(directory: Path) -> bool:
     Raises:
         OSError: a file cannot be removed; what was begun is finished by the next call.
     """
-    return _remove(directory, [path for path in directory.iterdir() if path.name not in KEPT_WHEN_PRUNED])
+    return _remove(directory, large_files(directory))
+
+
+def large_files(directory: Path) -> list[Path]:
+    """Return what pruning a version removes.
+
+    A version that brought new graphs keeps them: those after it are rebuilt with copies.
+    """
+    large = [path for path in directory.iterdir() if path.name not in KEPT_WHEN_PRUNED]
+    # Of a version that was pruned already no manifest is read: there may be hundreds of them.
+    if any(path.name in GRAPH_NAMES for path in large) and load_manifest(directory).kind == "regraph":
+        large = [path for path in large if path.name not in GRAPH_NAMES]
+    return large
 
 
 def thin_version(directory: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from deploy.errors import StoreError
 from deploy.lineage import base_dir, find_deltas
 from deploy.manifest import WEIGHTS_NAME, Manifest, is_as_recorded, load_manifest
-from deploy.prune import KEPT_WHEN_PRUNED, prune_version, thin_version
+from deploy.prune import KEPT_WHEN_PRUNED, large_files, prune_version, thin_version
 from deploy.store_reader import StoreReader
 
 
@@ -71,13 +71,10 @@ def prunable(store: StoreReader, keep_full: int) -> list[int]:
     return [
         version
         for version in store.versions()
-        if version not in newest and why_untouchable(store, version) is None and large_files(store, version)
+        if version not in newest
+        and why_untouchable(store, version) is None
+        and large_files(store.path(version))
     ]
-
-
-def large_files(store: StoreReader, version: int) -> list[Path]:
-    """Return what pruning a version removes."""
-    return [path for path in store.path(version).iterdir() if path.name not in KEPT_WHEN_PRUNED]
 
 
 def thinnable(store: StoreReader) -> list[int]:
@@ -123,7 +120,9 @@ def prune(store: StoreReader, versions: Sequence[int]) -> Freed:
     Raises:
         StoreError: there is no such version, or no live one.
     """
-    return _free(store, versions, lambda version: large_files(store, version), prune_version, lambda _: None)
+    return _free(
+        store, versions, lambda version: large_files(store.path(version)), prune_version, lambda _: None
+    )
 
 
 def _free(

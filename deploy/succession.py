@@ -1,7 +1,7 @@
 """May this version come next? A pure decision over manifests; touches no disk."""
 
 from deploy.errors import StoreError, VerifyError
-from deploy.manifest import DELTA_NAME, REQUIRED_NAMES, LineageEntry, Manifest
+from deploy.manifest import DELTA_NAME, REQUIRED_NAMES, WEIGHTS_NAME, LineageEntry, Manifest
 from deploy.store_reader import Pin
 
 
@@ -37,6 +37,18 @@ def check_succession(
         _check_appended(manifest, live)
     elif live is not None and manifest.kind == "revert":
         _check_taken_out(manifest, live)
+    elif live is not None and manifest.kind == "regraph":
+        _check_same_weights(manifest, live)
+
+
+def _check_same_weights(manifest: Manifest, live: Manifest) -> None:
+    """A regraph changes graphs and nothing that was learnt."""
+    if manifest.lineage != live.lineage or manifest.files[WEIGHTS_NAME] != live.files[WEIGHTS_NAME]:
+        raise StoreError(
+            f"a version of kind 'regraph' has the weights and the lineage of version {live.version}"
+        )
+    if DELTA_NAME in manifest.files:
+        raise StoreError(f"a version of kind 'regraph' adds no delta, but lists {DELTA_NAME}")
 
 
 def _check_taken_out(manifest: Manifest, live: Manifest) -> None:

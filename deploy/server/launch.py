@@ -1,20 +1,25 @@
 """Starts the server that the settings describe, with one process or several."""
 
+import socket
+
 from deploy.server.banner import listen
 from deploy.server.settings import Settings
 from deploy.store_reader import StoreReader
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, inherited: socket.socket | None = None) -> None:
     """Serve until SIGTERM or SIGINT; returns when every request that came before is answered.
+
+    ``inherited`` is listened on instead of a socket of our own.
 
     Raises:
         ServerError: the address cannot be used.
         DeployError: the store or its live version cannot be used.
     """
     StoreReader(settings.serving_dir).live_manifest()  # the commonest mistake, told before anything starts
-    listener = listen(settings)
-    ours = settings.uds.lstat().st_ino if settings.uds else None
+    listener = inherited or listen(settings)
+    own_path = None if inherited else settings.uds
+    ours = own_path.lstat().st_ino if own_path else None
     try:
         if settings.workers == 1:
             from deploy.server.single import serve_single
@@ -27,5 +32,5 @@ def serve(settings: Settings) -> None:
     finally:
         listener.close()
         # Another server may have taken the path over while our last answers went out.
-        if settings.uds and settings.uds.exists() and settings.uds.lstat().st_ino == ours:
-            settings.uds.unlink(missing_ok=True)
+        if own_path and own_path.exists() and own_path.lstat().st_ino == ours:
+            own_path.unlink(missing_ok=True)

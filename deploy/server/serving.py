@@ -2,7 +2,8 @@
 
 The end is graceful. On SIGTERM or SIGINT the server says that it is not ready and asks every
 connection to close after its next answer, for ``drain_seconds``; then it stops listening, answers what
-it has taken on, and is done.
+it has taken on, and is done. A socket that systemd holds is let go of at once: who connects from then on is
+answered by the next process, and who is connected already has ``drain_seconds`` to ask.
 """
 
 import asyncio
@@ -37,6 +38,11 @@ class _Server(uvicorn.Server):
         """Leave the signals to us."""
         yield
 
+    def stop_accepting(self) -> None:
+        """Leave new connections in the kernel's queue; those that are there go on."""
+        for server in getattr(self, "servers", ()):  # there are none before the start
+            server.close()
+
 
 class Serving:
     """Serves one state on one listening socket until it is told to stop."""
@@ -63,6 +69,8 @@ class Serving:
         if not self.state.is_draining:
             self.state.is_draining = True
             self.state.versions.wake()  # whoever waits for another version would hold up the end
+            if self.state.settings.is_inherited:
+                self._server.stop_accepting()
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:

@@ -32,13 +32,15 @@ class Settings:
     """How to serve one version store.
 
     ``threads`` is the number of runs at once per worker, each on one ONNX Runtime thread; 0 means the
-    CPUs of this process divided among the workers. ``uds`` replaces host and port.
+    CPUs of this process divided among the workers. ``uds`` replaces host and port. ``is_inherited``: the
+    socket belongs to systemd, which keeps it open when this process ends.
     """
 
     serving_dir: Path
     host: str = "127.0.0.1"
     port: int = 8000
     uds: Path | None = None
+    is_inherited: bool = False
     token: str | None = field(default=None, repr=False)
     allow_anyone: bool = False
     workers: int = 1

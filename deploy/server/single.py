@@ -14,14 +14,15 @@ from deploy.server.models import MODELS
 from deploy.server.serving import Serving, on_signals, prepare_process, run_loop
 from deploy.server.settings import Settings
 from deploy.server.state import State
+from deploy.server.telling import Teller
 from deploy.server.versions import Slot
 
 
 class Follower:
     """Brings what the client loads before the requests, on the event loop's thread."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, state: State, teller: Teller) -> None:
+        self._state, self._teller = state, teller
         self._loop = asyncio.get_running_loop()
         self._client: Client | None = None
 
@@ -52,6 +53,7 @@ class Follower:
             self._adopt()
         elif event.kind == "rejected":
             metrics.swap_failed()
+            self._teller.rejected(event.version, event.detail)
 
     def _adopt(self) -> None:
         """Switch to the client's live version; holding it keeps it loaded until we let go."""
@@ -72,6 +74,8 @@ class Follower:
         versions.flip(slot)
         self._state.metrics.swapped(slot, before, MODELS)
         self._state.metrics.swap_took("switch", time.monotonic() - started)
+        if before is not None:
+            self._teller.serving(slot.version)
 
 
 def serve_single(settings: Settings, listener: socket.socket) -> None:
@@ -84,23 +88,30 @@ def serve_single(settings: Settings, listener: socket.socket) -> None:
 
     async def main() -> None:
         serving = Serving(settings, listener)
-        follower = Follower(serving.state)
+        teller = Teller(settings)
+        follower = Follower(serving.state, teller)
+        beating = asyncio.create_task(teller.beat())
 
         def stop() -> None:
             if serving.state.is_draining:
                 os._exit(1)  # somebody asks a second time, and has reasons
+            teller.stopping()
             serving.stop()
 
         on_signals(stop)
         try:
+            teller.starting()
             await follower.start()
 
             async def say() -> None:
-                announce(settings, listener, serving.state.versions.live.version)
+                version = serving.state.versions.live.version
+                announce(settings, listener, version)
+                teller.ready(version)
 
             await serving.run(say)
         finally:
             await serving.close()
             await follower.stop()
+            beating.cancel()
 
     run_loop(main)

@@ -22,6 +22,7 @@ from deploy.server.coordination import Coordination, Order
 from deploy.server.metrics import MULTIPROCESS_VARIABLE
 from deploy.server.serving import on_signals, prepare_process, run_loop
 from deploy.server.settings import Settings
+from deploy.server.telling import Teller
 from deploy.target import Failure, Target, resolve_current, state_of
 
 POLL_SECONDS = 0.25
@@ -44,6 +45,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings, listener: socket.socket, metrics_dir: Path) -> None:
         self._settings, self._listener, self._metrics_dir = settings, listener, metrics_dir
+        self._teller = Teller(settings)
         self._coordination = Coordination()
         self._targets: dict[int, Target] = {}  # by epoch
         self._reasons: dict[int, str] = {}  # why an epoch could not be loaded, by epoch
@@ -66,6 +68,8 @@ class Supervisor:
             ServerError: no worker can load the version that is live at the start.
         """
         on_signals(self._on_signal)
+        self._teller.starting()
+        beating = asyncio.create_task(self._teller.beat())
         self._propose(resolve_current(self._settings.serving_dir))
         for _ in range(self._settings.workers):
             self._spawn(0.0)
@@ -75,6 +79,7 @@ class Supervisor:
                 await _wait(self._stop, POLL_SECONDS)
         finally:
             await self._end()
+            beating.cancel()
 
     def _on_signal(self) -> None:
         self._quit = self._stop.is_set()
@@ -99,7 +104,9 @@ class Supervisor:
         if self._coordination.agreed is None:
             raise ServerError(f"the live version cannot be served: {reason}")
         if self._failure is None or self._failure.state != self._attempt:
-            _log.warning("version %s rejected: %s", self._targets[epoch].directory.name, reason)
+            version = self._targets[epoch].directory.name
+            _log.warning("version %s rejected: %s", version, reason)
+            self._teller.rejected(version, reason)
             self._failure = Failure.of(DeployError(reason), self._attempt, self._failure, time.monotonic())
 
     def _tell(self, epoch: int) -> None:
@@ -107,7 +114,9 @@ class Supervisor:
         version = int(self._targets[epoch].directory.name)
         if self._told is None:
             announce(self._settings, self._listener, version)
+            self._teller.ready(version)
         else:
+            self._teller.serving(version)
             _log.info("version %s is live in all workers", version)
         self._told = epoch
 
@@ -250,6 +259,7 @@ class Supervisor:
     async def _end(self) -> None:
         """Let all workers drain; kill what takes longer than any request may."""
         self._stop.set()
+        self._teller.stopping()
         self._listener.close()
         self._send([Order(number, "leave", self._epoch) for number in self._children])
         if self._tasks:

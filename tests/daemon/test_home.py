@@ -36,15 +36,23 @@ def test_a_directory_that_is_no_home_is_told_with_what_to_do(tmp_path):
         check_home(tmp_path)
 
 
-def test_a_home_of_another_release_is_left_alone(tmp_path):
-    """Neither used nor changed."""
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ("7", "format '7', and this release of dynlora knows '1': a newer one has used it"),
+        ("0", "format '0', expected '1'"),
+        ("seven", "format 'seven', expected '1'"),
+    ],
+)
+def test_a_home_of_another_release_is_left_alone(tmp_path, found, sentence):
+    """Neither used nor changed; a newer one is told from one that nobody knows."""
     create_home(tmp_path)
-    (tmp_path / "format").write_text("7\n")
+    (tmp_path / "format").write_text(f"{found}\n")
 
     for function in (check_home, create_home):
-        with pytest.raises(ConfigError, match="format '7', expected '1'"):
+        with pytest.raises(ConfigError, match=sentence):
             function(tmp_path)
-    assert (tmp_path / "format").read_text() == "7\n"
+    assert (tmp_path / "format").read_text() == f"{found}\n"
 
 
 def test_the_status_of_an_empty_home_says_what_is_missing(tmp_path):

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from daemon.status import free_bytes
+from daemon.budget import free_bytes
 from deploy.verify import verify_version
 from tests.e2e.conftest import Home, wait_until
 

@@ -1,92 +1,18 @@
-"""A service's life under a real systemd; run inside of the lab as root. One JSON object per finding."""
+"""The daemon's life under a real systemd; run inside of the lab as root. One JSON object per finding."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-HOME = Path("/var/lib/dynlora")
-INBOX = HOME / "inbox"
-SAMPLES = Path("/opt/src/examples/demo/images/drop")
-UNIT = "dynlora.service"
-PATH = ":".join(["/opt/src", *map(str, Path("/opt/venv/lib").glob("python*/site-packages"))])
-PATIENCE = 240.0
-CONFIG = """\
-[inbox]
-settle_seconds = 1.0
-gather_seconds = 1.5
-scan_seconds = 2.0
-[learning]
-steps = {steps}
-checkpoint_seconds = 1.0
-[exam]
-min_gain = 0.0
-alpha = 0.0001
-"""
+from inside import HOME, INBOX, SAMPLES, UNIT, configure, dynlora, events, install, report, run, shown, wait
 
 
-def run(*command: str, user: str | None = None) -> str:
-    """Run a command, perhaps as another user; its output."""
-    prefix = ["runuser", "-u", user, "--"] if user else []
-    done = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert done.returncode == 0, (command, done.stdout, done.stderr)
-    return done.stdout
-
-
-def dynlora(*words: str, user: str | None = None) -> str:
-    """Run the program."""
-    return run(sys.executable, "-m", "daemon.cli", *words, user=user)
-
-
-def shown(key: str) -> str:
-    """A property of the unit."""
-    return run("systemctl", "show", "--value", "--property", key, UNIT).strip()
-
-
-def wait(what: str, is_true) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + PATIENCE
-    while not is_true():
-        if time.monotonic() > deadline:
-            subprocess.run(["journalctl", "--no-pager", "-n", "60"], check=False)
-            subprocess.run(["ls", "-lR", str(INBOX), str(HOME / "spool")], check=False)
-            raise SystemExit(f"waited in vain until {what}")
-        time.sleep(0.1)
-
-
-def events(name: str) -> list[dict]:
-    """The daemon's events of that name."""
-    path = HOME / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [entry for entry in map(json.loads, lines) if entry["event"] == name]
-
-
-def report(**finding: object) -> None:
-    """For the test outside."""
-    print(json.dumps(finding), flush=True)
-
-
-def configure(steps: int) -> None:
-    """Write the configuration as the daemon's user finds it."""
-    (HOME / "config.toml").write_text(CONFIG.format(steps=steps))
-    (HOME / "config.toml").chmod(0o644)
-
-
-def install() -> None:
-    """From nothing to a service that said it is ready."""
-    run("useradd", "--create-home", "alice")
-    dynlora("systemd", "install")
-    run("usermod", "--append", "--groups", "dynlora", "alice")
-    drop_in = Path("/etc/systemd/system") / f"{UNIT}.d"
-    drop_in.mkdir()
-    (drop_in / "lab.conf").write_text(f"[Service]\nEnvironment=PYTHONPATH={PATH}\nRestartSec=1\n")
-    run("systemctl", "daemon-reload")
-    dynlora("init", str(HOME), user="dynlora")
-    configure(steps=30)
+def start() -> None:
+    """A service that said it is ready."""
+    install()
     run("systemctl", "enable", "--now", UNIT)
     report(step="start", active=shown("ActiveState"), status=shown("StatusText"), type=shown("Type"))
 
@@ -173,11 +99,11 @@ def stop() -> None:
         traceback="Traceback" in journal,
     )
     dynlora("systemd", "uninstall")
-    left = [str(path) for path in Path("/etc").glob("*/dynlora.conf")]
+    left = [*map(str, Path("/etc").glob("*/dynlora.conf"))]
+    left += map(str, Path("/etc/systemd/system").glob("dynlora*.so*"))
     report(step="uninstall", left=left, home=(HOME / "serving/current").exists())
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = PATH
-    for part in (install, drop_as_alice, drop_in_private, reload_and_restart, hang, stop):
+    for part in (start, drop_as_alice, drop_in_private, reload_and_restart, hang, stop):
         part()

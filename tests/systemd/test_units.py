@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon import systemd
-from daemon.systemd import SystemdError, Target
+from daemon import systemd, unit_files
+from daemon.systemd import SystemdError
+from daemon.unit_files import SERVE_UNIT, SOCKET_UNIT, UNIT, Target
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = Path(__file__).with_name("lab")
@@ -36,23 +37,50 @@ def why_no_lab() -> str | None:
 
 
 def unit_of(target: Target) -> str:
-    """The service's unit file."""
-    return systemd.render(target)[target.unit_path]
+    """The daemon's unit file."""
+    return unit_files.render(target)[target.unit_path]
+
+
+@pytest.fixture(params=[unit_files.SYSTEM_HOME, Path("/home/alice/dynlora")], ids=["system", "below-home"])
+def written(request, tmp_path) -> Path:
+    """The units of an installation in a folder, with a program that is there."""
+    target = Target(home=request.param, python=Path("/usr/bin/env"))
+    for path, content in unit_files.render(target).items():
+        if path.parent == target.unit_dir:
+            (tmp_path / path.name).write_text(content)
+    return tmp_path
+
+
+def findings(scenario: str) -> list[dict]:
+    """What a scenario reports that is run in a booted systemd."""
+    python = f"/opt/python/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    lab = [LAB, "600", ROOT, sys.prefix, sys.base_prefix]
+    done = subprocess.run(
+        [*lab, python, f"/opt/src/tests/systemd/{scenario}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 @needs_systemd
-@pytest.mark.parametrize("home", [systemd.SYSTEM_HOME, Path("/home/alice/dynlora")])
-def test_the_unit_is_exposed_by_no_more_than_1_2_and_systemd_finds_nothing_to_complain_of(tmp_path, home):
-    """`systemd-analyze security` and `verify` on the very file that is installed."""
-    unit = tmp_path / systemd.UNIT
-    unit.write_text(unit_of(Target(home=home, python=Path("/usr/bin/env"))))
+@pytest.mark.parametrize(("unit", "tenths"), [(UNIT, 12), (SERVE_UNIT, 10)])
+def test_the_services_are_exposed_by_no_more_than_was_promised(written, unit, tenths):
+    """`systemd-analyze security` on the very files that are installed: daemon 1.2, server 1.0."""
     security = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=12", unit],
+        ["systemd-analyze", "security", "--offline=true", f"--threshold={tenths}", written / unit],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+    print(security.stdout.splitlines()[-1])
     assert security.returncode == 0, security.stdout.splitlines()[-1]
 
-    verify = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+
+@needs_systemd
+def test_systemd_finds_nothing_to_complain_of_in_the_units(written):
+    """`systemd-analyze verify`, the socket and its service together."""
+    units = [written / name for name in (UNIT, SERVE_UNIT, SOCKET_UNIT)]
+    verify = subprocess.run(
+        ["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False
+    )
     assert verify.stderr == ""
 
 
@@ -65,11 +93,26 @@ def test_a_newer_systemd_gets_notify_reload_and_an_older_one_the_signal():
     assert "ExecReload" not in new
 
 
+def test_the_server_sees_what_was_published_and_nothing_that_was_dropped():
+    """A user of its own, and folders with people's images hidden; with --user neither."""
+    target = Target(home=Path("/srv/d"))
+    unit = unit_files.render(target)[target.unit_dir / SERVE_UNIT]
+    assert "User=dynlora-serve\n" in unit
+    hidden = next(line for line in unit.splitlines() if line.startswith("InaccessiblePaths="))
+    assert {"-/srv/d/inbox", "-/srv/d/spool", "-/srv/d/exams"} <= set(hidden.partition("=")[2].split())
+    assert "ReadWritePaths" not in unit
+
+    target = Target(home=Path("/srv/d"), is_user=True)
+    unit = unit_files.render(target)[target.unit_dir / SERVE_UNIT]
+    assert "User=" not in unit
+    assert "LoadCredential" not in unit
+
+
 def test_every_place_in_the_files_is_filled():
     """For system and user, wherever the home is."""
     for target in (Target(home=Path("/srv/d")), Target(home=Path("/srv/d"), is_user=True)):
-        for content in systemd.render(target).values():
-            assert systemd._PLACE.search(content) is None
+        for content in unit_files.render(target).values():
+            assert unit_files._PLACE.search(content) is None
 
 
 def test_an_installation_writes_its_files_runs_systemds_commands_and_is_taken_away_again(tmp_path):
@@ -78,15 +121,17 @@ def test_an_installation_writes_its_files_runs_systemds_commands_and_is_taken_aw
     written = systemd.install(target, said.append)
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [
         "etc/systemd/system/dynlora.service",
+        "etc/systemd/system/dynlora-serve.service",
+        "etc/systemd/system/dynlora-serve.socket",
         "etc/sysusers.d/dynlora.conf",
         "etc/tmpfiles.d/dynlora.conf",
     ]
     assert [command[0] for command in said] == ["systemd-sysusers", "systemd-tmpfiles", "systemctl"]
-    assert "2770" in written[2].read_text()
+    assert "2770" in written[4].read_text()
 
     said.clear()
     assert systemd.uninstall(target, said.append) == written
-    assert said[0] == ["systemctl", "disable", "--now", "dynlora.service"]
+    assert said[0] == ["systemctl", "disable", "--now", UNIT, SERVE_UNIT, SOCKET_UNIT]
     with pytest.raises(SystemdError, match="nothing is installed"):
         systemd.uninstall(target, said.append)
 
@@ -102,10 +147,10 @@ def test_a_command_of_systemd_that_fails_says_why_in_its_own_words():
 def test_a_python_that_the_unit_would_not_see_is_warned_of(tmp_path):
     """Also where the environment only links to it."""
     link = tmp_path.parent / "python"
-    assert systemd.cautions(Target(home=Path("/srv/d"), python=Path("/usr/bin/python3"))) == []
-    [sentence] = systemd.cautions(Target(home=Path("/srv/d"), python=Path("/root/venv/bin/python")))
+    assert unit_files.cautions(Target(home=Path("/srv/d"), python=Path("/usr/bin/python3"))) == []
+    [sentence] = unit_files.cautions(Target(home=Path("/srv/d"), python=Path("/root/venv/bin/python")))
     assert "/root" in sentence
-    assert systemd.cautions(Target(home=Path("/srv/d"), python=link, is_user=True)) == []
+    assert unit_files.cautions(Target(home=Path("/srv/d"), python=link, is_user=True)) == []
 
 
 def test_a_dry_run_prints_what_would_be_written_and_changes_nothing(tmp_path):
@@ -117,9 +162,11 @@ def test_a_dry_run_prints_what_would_be_written_and_changes_nothing(tmp_path):
         subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, check=True).stdout
     )
     assert sorted(Path(path).name for path in document["files"]) == [
+        SERVE_UNIT,
+        SOCKET_UNIT,
         "dynlora.conf",
         "dynlora.conf",
-        "dynlora.service",
+        UNIT,
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -129,14 +176,7 @@ def test_a_dry_run_prints_what_would_be_written_and_changes_nothing(tmp_path):
 @pytest.mark.skipif(why_no_lab() is not None, reason=str(why_no_lab()))
 def test_a_whole_life_under_a_real_systemd():
     """Ready, drops by another user, reload, restart in mid-training, watchdog, stop: in a booted systemd."""
-    python = f"/opt/python/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
-    lab = [LAB, "600", ROOT, sys.prefix, sys.base_prefix]
-    done = subprocess.run(
-        [*lab, python, "/opt/src/tests/systemd/scenario.py"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = findings("scenario.py")
     steps = {entry["step"]: entry for entry in found}
 
     assert (steps["start"]["active"], steps["start"]["status"]) == ("active", "idle; serving version 0")
@@ -159,3 +199,24 @@ def test_a_whole_life_under_a_real_systemd():
     )
     assert steps["uninstall"]["left"] == []
     assert steps["uninstall"]["home"]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(620)
+@pytest.mark.skipif(why_no_lab() is not None, reason=str(why_no_lab()))
+def test_the_servers_life_under_a_real_systemd():
+    """A token as credential, a version published beside it, restarts without a lost request, stop."""
+    steps = {entry["step"]: entry for entry in findings("serving.py")}
+
+    assert (steps["start"]["active"], steps["start"]["status"]) == ("active", "serving version 0")
+    assert steps["start"]["codes"] == {"without a token": 401, "with it": 200}
+    looks = {"serving/current/manifest.json": "read", "inbox": "refused", "spool": "refused"}
+    assert steps["sight"]["looks"] == looks
+    assert (steps["follow"]["live"], steps["follow"]["code"]) == (1, 200)
+    assert steps["restart"]["failed"] == []
+    assert steps["restart"]["answers"] > 60
+    assert steps["restart"]["processes"] == 4
+    assert steps["on demand"] == {"step": "on demand", "before": "inactive", "code": 200}
+    assert steps["stop"]["seconds"] < 40
+    assert (steps["stop"]["result"], steps["stop"]["traceback"]) == ("success", False)
+    assert steps["stop"]["drained"]

@@ -15,8 +15,12 @@ def behave(home, **behaviour):
     (home / "behaviour.json").write_text(json.dumps(behaviour))
 
 
-def start_daemon(home, *, once=False):
-    """`dynlora run` as a process of its own, with the stand-in worker."""
+def start_daemon(home, *, once=False, log=subprocess.PIPE):
+    """`dynlora run` as a process of its own, with the stand-in worker.
+
+    Args:
+        log: an open file for what it says, where that may be more than a pipe holds.
+    """
     code = (
         "import functools, sys; from daemon import cli, loop; from daemon.lifecycle import Launch;"
         f"make = lambda *a: [sys.executable, {str(STANDIN)!r}, *a];"
@@ -26,7 +30,7 @@ def start_daemon(home, *, once=False):
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
-        stderr=subprocess.PIPE,
+        stderr=log,
         stdout=subprocess.PIPE,
         text=True,
     )

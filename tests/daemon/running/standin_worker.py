@@ -1,9 +1,9 @@
 """A worker that learns nothing, for tests of the daemon: it follows the protocol and `behaviour.json`.
 
 Keys of behaviour.json, all optional: `steps`, `step_seconds`; `exams` ([images, before, gained, lost] each,
-the batch's own first); `fail` (sentence) with `retry` and `fault`; `die` (signal number, before any result);
-`torn` (cut the staged weights short); `silent` (end well without a report); `only` (batch ids that fail, die
-or are torn; default all).
+the batch's own first); `grade_all` (a row for every kept exam, and ranks, as in real manifests); `fail`
+(sentence) with `retry` and `fault`; `die` (signal number, before any result); `torn` (cut the staged weights
+short); `silent` (end well without a report); `only` (batch ids that fail, die or are torn; default all).
 """
 
 import argparse
@@ -110,6 +110,11 @@ def stage(home, batch, parent, behaviour):
         )
         for i, (images, before, gained, lost) in enumerate(rows)
     ]
+    if behaviour.get("grade_all"):
+        exams += [
+            ExamResult(batch=kept.name, images=2, correct_before=1, correct_after=1, gained=0, lost=0)
+            for kept in sorted((home / "exams").iterdir())
+        ]
     lineage = [entry.model_dump() for entry in manifest.lineage]
     draft = {
         "parent": parent,
@@ -140,6 +145,8 @@ def stage(home, batch, parent, behaviour):
             ]
         },
     }
+    if behaviour.get("grade_all"):
+        draft["ranks"] = {f"vision.transformer.resblocks.{n}.mlp.c_fc.weight": 4 for n in range(60)}
     report = Report(batch=batch.id, parent=parent, manifest=draft, exams=tuple(exams))
     atomic.write_text(result / "report.json", report.model_dump_json())
 

@@ -81,6 +81,7 @@ def test_a_life_of_two_batches_can_be_read_in_the_metrics(bench, port, tmp_path)
     assert found["dynlora_inbox_oldest_age_seconds",] == 0
     created = bench.store.manifest(1).created_at.timestamp()
     assert found["dynlora_last_success_timestamp_seconds",] == pytest.approx(created)
+    assert 80e6 < found["dynlora_disk_needed_bytes",] < 100e6  # twice the bundled model's version
     assert 0 < found["dynlora_disk_free_bytes",] <= found["dynlora_disk_size_bytes",]
     in_file = parse((tmp_path / "dynlora.prom").read_text())
     assert {k: v for k, v in in_file.items() if k[0].startswith("dynlora")} == {

@@ -166,14 +166,14 @@ def test_weights_cut_short_in_staging_are_never_published(bench):
 
 def test_too_little_disk_space_keeps_the_batch_waiting_and_says_so(bench, monkeypatch):
     """Nothing is started that cannot be finished; the batch goes on once there is space."""
-    monkeypatch.setattr("daemon.status.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("daemon.budget.free_bytes", lambda path: 1000)
     bench.drop("cups")
     bench.tick_until(lambda: bench.service.trouble)
     [batch_id] = bench.spool.ids("work")
     status = json.loads((bench.home / "status.json").read_text())
 
     assert "too full to learn" in status["trouble"]
-    assert "1,000 are free" in status["trouble"]
+    assert "1,000 are free on the file system of" in status["trouble"]
     assert bench.spool.load(batch_id).attempts == []
 
     monkeypatch.undo()

@@ -24,15 +24,18 @@ ROOT = Path(__file__).resolve().parents[3]
 class Server:
     """A `dynlora serve` process; ``url`` is where it says it listens."""
 
-    def __init__(self, serving_dir: Path, *options: str, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self, serving_dir: Path, *options: str, prefix: Sequence[str] = (), inherits: int | None = None
+    ) -> None:
         command = [*prefix, sys.executable, "-m", "daemon.cli", "serve", "--store", str(serving_dir)]
-        port = () if "--uds" in options else ("--port", "0")
+        port = () if "--uds" in options or inherits is not None else ("--port", "0")
         drain = () if "--drain" in options else ("--drain", "0")  # nobody is to be sent elsewhere first
         self.process = subprocess.Popen(
             [*command, *port, *drain, *options],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
+            pass_fds=() if inherits is None else (inherits,),
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         self.lines: list[str] = []

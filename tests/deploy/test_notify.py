@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.notify import Notifier
+from deploy.notify import Notifier
 
 
 class Clock:

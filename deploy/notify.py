@@ -1,6 +1,7 @@
-"""What the service manager hears from us: sd_notify(3), one datagram per message, no library needed.
+"""What the service manager hears from the daemon and the server: sd_notify(3), one datagram per message.
 
-Without NOTIFY_SOCKET in the environment nothing here does anything, so the loop need not ask who started it.
+Needs no library. Without NOTIFY_SOCKET in the environment nothing here does anything, so nobody need ask who
+started the process.
 """
 
 import os
