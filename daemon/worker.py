@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from daemon.status import describe, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from deploy import disk
 
 LOCK_NAME = "worker.lock"
 REBUILD_LOCK_NAME = "rebuild.lock"  # a rebuild needs little memory and goes on beside the others
@@ -202,7 +203,7 @@ def _stand_by() -> list[str]:
     if not line.endswith(b"\n"):  # the daemon has no work for us any more
         sys.exit(EXIT_STOPPED)
     order = json.loads(line)
-    log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    log = disk.open_file(Path(order["log"]), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 2)
     os.close(log)
     return [str(argument) for argument in order["arguments"]]
@@ -264,7 +265,7 @@ def _die_with_parent(parent_pid: int) -> None:
 @contextmanager
 def _alone(home: Path, name: str) -> Iterator[None]:
     """Hold the worker lock: a successor waits until its predecessor is really gone."""
-    with (home / name).open("ab") as lock:
+    with os.fdopen(disk.open_file(home / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as lock:
         deadline = time.monotonic() + _LOCK_WAIT_SECONDS
         while True:
             try:
@@ -273,7 +274,7 @@ def _alone(home: Path, name: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise OSError(
-                        f"another worker has held {lock.name} for {_LOCK_WAIT_SECONDS} s; is one stuck?"
+                        f"another worker has held {home / name} for {_LOCK_WAIT_SECONDS} s; is one stuck?"
                     ) from None
                 time.sleep(0.05)
         yield

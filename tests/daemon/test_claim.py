@@ -370,7 +370,7 @@ def die_at(call: int) -> None:
         return step
 
     for owner, name in [
-        (os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (atomic, "remove_tree"),
+        (os, "fsync"), (Path, "rename"), (Path, "mkdir"), (atomic, "remove_tree"),
     ]:  # fmt: skip
         setattr(owner, name, counted(getattr(owner, name)))
 
