@@ -118,7 +118,7 @@ def looked_at(path: Path, config: Config, known: Known | None = None) -> Iterato
     with tempfile.TemporaryDirectory(prefix="dynlora-check-") as room:
         # The drop is seen as it would be in the spool: under source/, with what is unpacked beside it.
         base = Path(room)
-        (base / SOURCE_DIR).symlink_to(path.parent)
+        disk.symlink(base / SOURCE_DIR, path.parent)
         layout = read_one(base / SOURCE_DIR / path.name, base / f"{UNPACKED_DIR}-1", config=config.inbox)
         yield base, compose(_claim_for(path), [layout], base=base, context=Context(config, known or Known()))
 
