@@ -4,6 +4,7 @@
 crash, and nothing reads it to decide. `snapshot` reads the listing itself.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -56,14 +57,16 @@ class StatusFile:
             disk.write_new(temporary, (json.dumps(content, ensure_ascii=False) + "\n").encode())
             disk.rename(temporary, self._path)
         except OSError:
-            # A full disk must not end the daemon over a convenience.
-            disk.unlink(temporary, missing_ok=True)
+            # A disk that is full or read-only must not end the daemon over a convenience.
+            with contextlib.suppress(OSError):
+                disk.unlink(temporary, missing_ok=True)
             return
         self._written_at, self._last = self._clock(), content
 
     def remove(self) -> None:
         """Nothing runs any more."""
-        disk.unlink(self._path, missing_ok=True)
+        with contextlib.suppress(OSError):
+            disk.unlink(self._path, missing_ok=True)
         self._last = None
 
 

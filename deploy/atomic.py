@@ -8,6 +8,7 @@ After a failed fsync Linux may drop the dirty pages, and a second fsync would th
 them: so nothing here retries. The temporary file is discarded and the error passes on.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -54,7 +55,8 @@ def write_file(
             disk.fsync(descriptor)
         disk.rename(temporary, path)
     except BaseException:
-        disk.unlink(temporary, missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what there is to tell
+            disk.unlink(temporary, missing_ok=True)
         raise
     fsync_dir(path.parent)
 
@@ -149,7 +151,8 @@ def replace_symlink(link: Path, target: str) -> None:
     try:
         disk.rename(temporary, link)
     except BaseException:
-        disk.unlink(temporary, missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what there is to tell
+            disk.unlink(temporary, missing_ok=True)
         raise
     fsync_dir(link.parent)
 
