@@ -84,7 +84,8 @@ def stake(items: Sequence[Item], inbox: Path, *, spool: Spool, seq: int, receive
     directory = spool.state_dir("incoming") / claim.id
     with space_for(f"{', '.join(claim.items)} stays in the inbox {LATER}"):
         try:
-            atomic.make_dir(directory)
+            # All that is made beforehand: a disk that fails here is none of the drop's fault.
+            atomic.make_dir(directory / SOURCE_DIR)
             write_claim(claim, directory)
         except OSError:
             disk.remove_tree(directory, ignore_errors=True)
