@@ -178,7 +178,7 @@ def undisturbed(initialised, tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "home"
     shutil.copytree(initialised, path, symlinks=True)
     home = Home(path)
-    home.batches = [("shoes", "hat"), ("tomato", "carrot")]
+    home.batches, home.steps = [("shoes", "hat"), ("tomato", "carrot")], 16
     for classes in home.batches:
         home.submit(*classes)
     started = time.monotonic()

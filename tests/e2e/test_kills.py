@@ -47,6 +47,8 @@ def undisturbed_ten(initialised, tmp_path_factory):
         for name in "shoes hat tomato carrot dress pants shorts t-shirt yoghurt zucchini".split()  # noqa: SIM905
     ]
     first, *others = home.batches
+    home.steps = 4
+    home.configure(steps=home.steps)
     home.submit(*first)
     started = time.monotonic()
     home.finish()
@@ -73,6 +75,7 @@ def kill_often(initialised, undisturbed, tmp_path, kills, seed):
 
 def live(home, undisturbed, moments, numbers):
     """All batches, killed at random moments, each third time the daemon alone; the number of kills so far."""
+    home.configure(steps=undisturbed.steps)
     for classes in undisturbed.batches:
         home.submit(*classes)
     done = numbers.start
@@ -85,6 +88,7 @@ def live(home, undisturbed, moments, numbers):
                 break
             kill(daemon, group=number % 3 != 0)
             done += 1
+            print(f"kill {done}: versions {home.store.versions()}", flush=True)
             for version in home.store.full_versions()[-2:]:
                 verify_version(home.store.path(version))
         home.finish(timeout=600)
