@@ -16,6 +16,7 @@ it leaves is in the batch's directory and in the store's staging directory.
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -34,6 +35,7 @@ from deploy import disk
 LOCK_NAME = "worker.lock"
 REBUILD_LOCK_NAME = "rebuild.lock"  # a rebuild needs little memory and goes on beside the others
 ANALYSIS_LOCK_NAME = "analysis.lock"  # an analysis only reads the home: learning need not wait for it
+NO_MEMORY = "the worker ran out of memory; make the batch smaller, or give the daemon more memory"
 _PR_SET_PDEATHSIG = 1
 _LOCK_WAIT_SECONDS = 60
 
@@ -99,13 +101,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         why = f"{error.name} is not installed; pip install 'dynlora[daemon]'"
         outlet.say("error", message=why, retry=True, fault="home")
         code = EXIT_FAILED
-    except MemoryError:
-        outlet.say("error", message="the worker ran out of memory; make the batch smaller", retry=True)
-        code = EXIT_FAILED
-    except OSError as error:
-        _blame(outlet, error, describe(error, options.home), retry=True)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_refused_memory(error):
+            outlet.say("error", message=NO_MEMORY, retry=True)
+        elif isinstance(error, OSError):
+            _blame(outlet, error, describe(error, options.home), retry=True)
+        else:
+            raise
         code = EXIT_FAILED
     sys.exit(code)
+
+
+def is_refused_memory(error: BaseException) -> bool:
+    """Whether this is how Python, the system, torch or ONNX Runtime say that there is no more memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in said or "bad_alloc" in said
 
 
 def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
