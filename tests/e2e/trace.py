@@ -9,9 +9,10 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # Picked up by every Python on whose PYTHONPATH it lies.
 WRAPPER = """
@@ -86,27 +87,34 @@ def _changed(call: str, rest: str) -> Iterator[str]:
             yield str(Path(cwd or directory or "/", path))
 
 
-def strace(command: Sequence[str], room: Path, below: Path, **options: object) -> Trace:
+def strace(
+    command: Sequence[str],
+    room: Path,
+    below: Path,
+    *,
+    code: int = 0,
+    meanwhile: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Trace:
     """Run a program and all that it starts; what they changed below a directory.
 
     Args:
         room: a new folder for the trace and the wrapper.
-
-    Raises:
-        CalledProcessError: the program failed.
+        code: what it must exit with.
+        meanwhile: done while it runs.
+        options: of subprocess.Popen; `env` has a PYTHONPATH.
     """
     room.mkdir()
     (room / "sitecustomize.py").write_text(WRAPPER)
     calls = [f"?{name}" for name in sorted(_OPENS | _ON_PATHS | _ON_DESCRIPTORS | _MARKS)]
     program = shutil.which("strace")
     assert program is not None
-    environment = dict(options.pop("env"))  # type: ignore[call-overload]
-    environment["PYTHONPATH"] = f"{room}:{environment['PYTHONPATH']}"
-    subprocess.run(
-        [program, "-ff", "-qq", "-y", "-s", "0", "--seccomp-bpf", "-e", f"trace={','.join(calls)}",
-         "-o", str(room / "thread"), *command],
-        check=True, env=environment, **options,  # type: ignore[call-overload]
-    )  # fmt: skip
+    options["env"] = options["env"] | {"PYTHONPATH": f"{room}:{options['env']['PYTHONPATH']}"}
+    arguments = ["-ff", "-qq", "-y", "-s", "0", "--seccomp-bpf", "-e", f"trace={','.join(calls)}"]
+    arguments += ["-o", str(room / "thread"), *command]
+    with subprocess.Popen([program, *arguments], **options) as process:
+        meanwhile()
+        assert process.wait(timeout=300) == code
     trace = Trace(below)
     for thread in room.glob("thread.*"):
         trace.read(thread)

@@ -20,8 +20,8 @@ from tests.deploy.tiny import found_tiny, stage_update
 from tests.faults import life
 from tests.faults.disk import Disk, inodes, lose_power
 
-# A drop that cannot be read once it was taken fails at the door, because its own blocks may be what is broken:
-# it is overtaken, and learnt once an operator retries it.
+# A drop that cannot be read once it was taken fails at the door, because its own blocks may be what is
+# broken: it is overtaken, and learnt once an operator retries it.
 OVERTAKEN = ["000002-batch-1", "000001-batch-0"]
 FAULTS = ("kill", "power", errno.EIO, errno.ENOSPC, errno.EMFILE)
 
