@@ -36,6 +36,8 @@ LOCK_NAME = "worker.lock"
 REBUILD_LOCK_NAME = "rebuild.lock"  # a rebuild needs little memory and goes on beside the others
 ANALYSIS_LOCK_NAME = "analysis.lock"  # an analysis only reads the home: learning need not wait for it
 NO_MEMORY = "the worker ran out of memory; make the batch smaller, or give the daemon more memory"
+# Of torch, of C++, and of oneDNN, which has no other words for it.
+_NO_MEMORY_WORDS = ("can't allocate memory", "bad_alloc", "could not create a primitive")
 _PR_SET_PDEATHSIG = 1
 _LOCK_WAIT_SECONDS = 60
 
@@ -113,11 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def is_refused_memory(error: BaseException) -> bool:
-    """Whether this is how Python, the system, torch or ONNX Runtime say that there is no more memory."""
+    """Whether this is how Python, the system, or torch and its parts say that there is no more memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    said = str(error)
-    return isinstance(error, MemoryError) or "can't allocate memory" in said or "bad_alloc" in said
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY_WORDS)
 
 
 def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
