@@ -68,7 +68,7 @@ def copied(home: Path, base: Path) -> Path:
     [pytest.param(8, 1, id="8-kills"), pytest.param(200, 2, id="200-kills", marks=pytest.mark.nightly)],
 )
 def test_ten_batches_are_learnt_once_each_however_often_the_daemon_is_killed(
-    submitted: Path, undisturbed: tuple[dict[str, Any], float], tmp_path: Path, kills: int, seed: int
+    submitted: Path, undisturbed: tuple[dict[str, Any], float], room: Path, kills: int, seed: int
 ) -> None:
     """Every third kill takes the daemon alone, and its worker must die with it; the others take both.
 
@@ -79,7 +79,7 @@ def test_ten_batches_are_learnt_once_each_however_often_the_daemon_is_killed(
     done, lives = 0, 0
     while done < kills:
         lives += 1
-        home = copied(submitted, tmp_path / str(lives))
+        home = copied(submitted, room / str(lives))
         for number in range(done, kills):
             delay = moments.uniform(0.02, 0.3) * seconds
             if not was_killed(home, delay, is_alone=number % 3 == 0):
