@@ -23,6 +23,7 @@ from typing import IO, Self
 from daemon.config import InboxConfig
 from daemon.errors import ArchiveError, NoSpaceError
 from daemon.layout import MAX_LEVELS, is_text
+from deploy import disk
 
 _PIECE_BYTES = 1 << 20
 _RATIO_FROM_BYTES = 64 << 20  # below this even a bomb does no harm, and flat pictures shrink a lot
@@ -221,10 +222,10 @@ def _unpack(
     path = target.joinpath(*_parts(member.name))
     try:
         if member.kind == "folder":
-            path.mkdir(parents=True, exist_ok=True)
+            disk.make_dirs(path)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        disk.make_dirs(path.parent)
+        descriptor = disk.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except (FileExistsError, NotADirectoryError):
         meter.passed_over.append(
             (member.name, "the archive has an earlier member of the same name; rename one")
@@ -235,14 +236,15 @@ def _unpack(
             raise
         meter.passed_over.append((member.name[:200], "its name is too long; shorten it"))
         return
-    with os.fdopen(descriptor, "wb") as file:
-        try:
-            for piece in _pieces(open_member()):
-                meter.count_bytes(len(piece))
-                file.write(piece)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-            path.unlink()
-            meter.passed_over.append((member.name, f"it is damaged in the archive ({error}); send it again"))
+    try:
+        for piece in _pieces(open_member()):
+            meter.count_bytes(len(piece))
+            disk.write(descriptor, piece)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        disk.unlink(path)
+        meter.passed_over.append((member.name, f"it is damaged in the archive ({error}); send it again"))
+    finally:
+        os.close(descriptor)
 
 
 def _why_passed_over(member: _Member) -> str | None:

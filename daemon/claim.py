@@ -9,7 +9,6 @@ remembered.
 import errno
 import os
 import pwd
-import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from daemon.errors import InboxError, NoSpaceError
 from daemon.inbox import CLAIMED_PREFIX, INCOMPLETE_SUFFIX, Item, tree_fingerprint
 from daemon.layout import MAX_LEVELS
 from daemon.spool import CLAIM_FILE, Spool
-from deploy import atomic
+from deploy import atomic, disk
 
 SOURCE_DIR = "source"
 NOT_MOVED = "could not be moved out of the inbox"
@@ -85,10 +84,11 @@ def stake(items: Sequence[Item], inbox: Path, *, spool: Spool, seq: int, receive
     directory = spool.state_dir("incoming") / claim.id
     with space_for(f"{', '.join(claim.items)} stays in the inbox {LATER}"):
         try:
-            atomic.make_dir(directory)
+            # All that is made beforehand: a disk that fails here is none of the drop's fault.
+            atomic.make_dir(directory / SOURCE_DIR)
             write_claim(claim, directory)
         except OSError:
-            shutil.rmtree(directory, ignore_errors=True)
+            disk.remove_tree(directory, ignore_errors=True)
             raise
     return claim
 
@@ -247,10 +247,10 @@ def copy_tree(source: Path, target: Path, *, shown: str) -> list[str]:
     try:
         mode = source.lstat().st_mode
         if stat.S_ISLNK(mode):
-            target.symlink_to(source.readlink())
+            disk.symlink(target, source.readlink())
         elif stat.S_ISDIR(mode):
             entries = sorted(source.iterdir())
-            target.mkdir()
+            disk.mkdir(target)
             return [
                 s
                 for entry in entries
@@ -273,9 +273,9 @@ def copy_tree(source: Path, target: Path, *, shown: str) -> list[str]:
 
 def _copy_file(source: Path, target: Path) -> None:
     try:
-        shutil.copyfile(source, target, follow_symlinks=False)
+        disk.copy(source, target)
     except OSError:
-        target.unlink(missing_ok=True)  # half an image is none
+        disk.unlink(target, missing_ok=True)  # half an image is none
         raise
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from daemon.batch import BATCH_FILE, Batch, BatchImage, SetAside, content_sha256
 from daemon.compose import too_few
-from deploy import atomic
+from deploy import atomic, disk
 
 _GONE = "it disappeared after it was checked and before it could be moved; send it again"
 
@@ -113,7 +113,7 @@ def _move_or_copy(source: Path, target: Path) -> None:
     if target.exists():
         return
     try:
-        source.rename(target)
+        disk.rename(source, target)
     except OSError as error:
         if error.errno not in {errno.EACCES, errno.EPERM}:
             raise

@@ -87,10 +87,10 @@ class EventLog:
             # Nanoseconds in fixed width sort in the order of rotation.
             atomic.rename(self._path, self._path.with_name(f"events-{time.time_ns():020d}.jsonl"))
         elif size:
-            with self._path.open("rb+") as file:
+            with self._path.open("rb") as file:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
-                    file.write(b"\n")
+                    atomic.append_line(self._path, "")
 
 
 def earlier_events(home: Path) -> list[Path]:

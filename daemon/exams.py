@@ -4,7 +4,6 @@ Nothing here is ever trained or tuned on; no learner code opens this directory. 
 not at all, and is never changed afterwards.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.batch import Batch, BatchImage
-from deploy import atomic
+from deploy import atomic, disk
 
 EXAM_FILE = "exam.json"
 
@@ -60,11 +59,11 @@ def keep_exam(home: Path, batch: Batch, batch_dir: Path, *, max_images_per_class
     images = []
     for image in chosen:
         copy = staging / image.file
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(batch_dir / image.file, copy)
+        disk.make_dirs(copy.parent)
+        disk.copy(batch_dir / image.file, copy)
         images.append(ExamImage(file=image.file, class_key=image.class_key, sha256=image.sha256))
     record = Exam(batch=batch.id, images=tuple(images))
-    (staging / EXAM_FILE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    disk.write_new(staging / EXAM_FILE, (record.model_dump_json(indent=1) + "\n").encode())
     atomic.fsync_tree(staging)
     atomic.rename(staging, target)
     return target

@@ -14,7 +14,7 @@ from daemon import logs
 from daemon.config import MetricsConfig
 from daemon.metrics import Metrics
 from daemon.spool import Spool
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.errors import DeployError
 from deploy.store import VersionStore
 
@@ -65,11 +65,11 @@ class Exposition:
             path = Path(self._config.textfile)
             temporary = atomic.temporary_beside(path)
             try:
-                temporary.write_bytes(self._metrics.text())
+                disk.write_new(temporary, self._metrics.text())
                 temporary.chmod(0o644)  # node_exporter has another user
-                temporary.replace(path)
+                disk.rename(temporary, path)
             finally:
-                temporary.unlink(missing_ok=True)
+                disk.unlink(temporary, missing_ok=True)
         if self._config.port and self._server is None:
             from prometheus_client import start_http_server
 

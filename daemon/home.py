@@ -4,7 +4,7 @@ from pathlib import Path
 
 from daemon.errors import ConfigError
 from daemon.spool import Spool
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.store import VersionStore
 
 FORMAT = "1"
@@ -21,7 +21,7 @@ def create_home(home: Path) -> None:
     """
     if home.exists() and not home.is_dir():
         raise ConfigError(f"{home} is a file; expected a directory to make a home in, or a path that is free")
-    home.mkdir(parents=True, exist_ok=True)
+    disk.make_dirs(home)
     if (home / FORMAT_FILE).exists():
         _check_format(home)
     for name in ("inbox", "exams", "requests/done"):

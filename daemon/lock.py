@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from daemon.errors import LockError
+from deploy import disk
 
 LOCK_NAME = "daemon.lock"
 
@@ -37,7 +38,7 @@ class HomeLock:
         Raises:
             LockError: another process holds it; the message names its pid.
         """
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = disk.open_file(self._path, os.O_RDWR | os.O_CREAT)
         deadline = time.monotonic() + self._patience_seconds
         while not _try_lock(fd, fcntl.LOCK_EX):
             if time.monotonic() >= deadline:
@@ -48,8 +49,8 @@ class HomeLock:
                     "only one may change it. Stop that one first, or use another --home."
                 )
             time.sleep(0.02)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        disk.truncate(fd, 0)
+        disk.write(fd, f"{os.getpid()}\n".encode())
         self._fd = fd
 
     def release(self) -> None:

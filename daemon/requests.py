@@ -28,7 +28,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from daemon import logs
 from daemon.errors import LockError, RequestError
 from daemon.lock import HomeLock
-from deploy import atomic
+from deploy import atomic, disk
 
 POLL_SECONDS = 0.05
 TIMEOUT_SECONDS = 120.0  # how long a command waits, so how old a request may be that is executed
@@ -149,7 +149,7 @@ def leave(home: Path, request: Request) -> str:
 
 def withdraw(home: Path, name: str) -> None:
     """Take a request back; one that was executed already is no longer there, and that is fine."""
-    (home / "requests" / f"{name}.json").unlink(missing_ok=True)
+    disk.unlink(home / "requests" / f"{name}.json", missing_ok=True)
 
 
 def take_answer(home: Path, name: str) -> Answer | None:
@@ -159,7 +159,7 @@ def take_answer(home: Path, name: str) -> Answer | None:
         answer = Answer.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    path.unlink(missing_ok=True)
+    disk.unlink(path, missing_ok=True)
     return answer
 
 
@@ -229,4 +229,4 @@ def drop_old_answers(home: Path, now: datetime) -> None:
     """Remove answers that nobody fetched: their command was killed while it waited."""
     for path in (home / "requests" / "done").glob("*.json"):
         if now.timestamp() - path.stat().st_mtime > KEEP_ANSWERS.total_seconds():
-            path.unlink(missing_ok=True)
+            disk.unlink(path, missing_ok=True)

@@ -12,7 +12,7 @@ from daemon.errors import InboxError
 from daemon.inbox import archive_stem, is_archive, submitted_content
 from daemon.layout import SUBMITTED_FILE, ClassNote, Layout, Note, read_tree
 from daemon.plain_file import NotPlainError, open_plain
-from deploy import atomic
+from deploy import atomic, disk
 
 UNPACKED_DIR = "unpacked"
 _MAX_SUBMITTED_BYTES = 1 << 20
@@ -82,13 +82,13 @@ def read_one(path: Path, unpacked: Path, *, config: InboxConfig) -> Layout:
     temporary = unpacked.with_name(f"{atomic.TEMPORARY_PREFIX}{unpacked.name}")
     if unpacked.exists():  # before a crash: unpacked again, which is cheap and the same every time
         atomic.remove_tree(unpacked)
-    temporary.mkdir()
+    disk.mkdir(temporary)
     try:
         passed_over = extract(path, temporary, config=config)
     except Exception:
         atomic.remove_tree(temporary)  # a copy: the archive itself is kept
         raise
-    temporary.rename(unpacked)
+    disk.rename(temporary, unpacked)
     layout = read_tree(unpacked, archive_stem(path.name))
     layout.set_aside += [(path / member.lstrip("/"), reason) for member, reason in passed_over]
     return layout

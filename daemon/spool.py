@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from daemon.batch import BATCH_FILE, Batch, Forgotten, read_batch, sequence
 from daemon.errors import BatchError, DaemonError
 from daemon.split import History
-from deploy import atomic
+from deploy import atomic, disk
 
 State = Literal["incoming", "queued", "work", "done", "held", "failed"]
 STATES: tuple[State, ...] = get_args(State)
@@ -79,7 +79,7 @@ class Spool:
 
     def create(self) -> None:
         """Make the state directories; harmless when they exist."""
-        self.root.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_dirs(self.root.parent)
         atomic.make_dir(self.root)
         for state in STATES:
             atomic.make_dir(self.root / state)

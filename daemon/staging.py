@@ -4,7 +4,6 @@ Runs in the worker only: torch computes the reference outputs that clients check
 """
 
 import math
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from daemon.batch import Batch
 from daemon.founding import software_versions, write_class_list, write_reference
+from deploy import disk
 from deploy.delta import Delta, write_folded
 from deploy.manifest import (
     DELTA_NAME,
@@ -103,7 +103,7 @@ def stage_candidate(
     """
     store, parent_dir = candidate.store, candidate.store.path(candidate.parent.version)
     staging = store.stage(name or candidate.batch.id, like=candidate.parent.version)
-    shutil.copyfile(delta_path, staging / DELTA_NAME)
+    disk.copy(delta_path, staging / DELTA_NAME)
     weights = write_folded(staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
     drift = write_beside_weights(staging, store, candidate.parent, candidate.classes, clip=clip)
     return Staged(staging, weights, drift)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from daemon import logs
 from daemon.supervisor import Worker, start_process
+from deploy import disk
 
 PAUSE_SECONDS = 60.0  # before another is started for one that died, doubling: memory may be short
 LONGEST_PAUSE_SECONDS = 3600.0
@@ -47,7 +48,7 @@ class Standby:
             self._rest(now, f"it ended with code {code}; {self._log_path} has its last words")
         if self._process is None and now >= self._not_before:
             try:
-                self._log_path.unlink(missing_ok=True)  # the last words of one are enough
+                disk.unlink(self._log_path, missing_ok=True)  # the last words of one are enough
                 self._process = start_process(self._make_command(), self._log_path, stdin=subprocess.PIPE)
             except OSError as error:
                 self._rest(now, str(error))

@@ -4,6 +4,7 @@
 crash, and nothing reads it to decide. `snapshot` reads the listing itself.
 """
 
+import contextlib
 import errno
 import json
 import time
@@ -16,7 +17,7 @@ from daemon.lock import holder
 from daemon.rest import Rest, read_pause
 from daemon.spool import Spool
 from daemon.waits import Waits
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.errors import StoreError
 from deploy.store import VersionStore
 from deploy.store_reader import Pin
@@ -52,17 +53,19 @@ class StatusFile:
             return
         temporary = atomic.temporary_beside(self._path)
         try:
-            temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
-            temporary.replace(self._path)
+            disk.write_new(temporary, (json.dumps(content, ensure_ascii=False) + "\n").encode())
+            disk.rename(temporary, self._path)
         except OSError:
-            # A full disk must not end the daemon over a convenience.
-            temporary.unlink(missing_ok=True)
+            # A disk that is full or read-only must not end the daemon over a convenience.
+            with contextlib.suppress(OSError):
+                disk.unlink(temporary, missing_ok=True)
             return
         self._written_at, self._last = self._clock(), content
 
     def remove(self) -> None:
         """Nothing runs any more."""
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            disk.unlink(self._path, missing_ok=True)
         self._last = None
 
 

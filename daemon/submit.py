@@ -5,7 +5,6 @@ daemon sees all of it or nothing, and need not wait for it to settle.
 """
 
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from daemon.errors import InboxError
 from daemon.inbox import ARCHIVE_SUFFIXES, is_archive
 from daemon.layout import SUBMITTED_FILE, kind_of, passed_over, tell_passed_over
 from daemon.source import UNPACKED_DIR, Submitted, read_one
-from deploy import atomic
+from deploy import atomic, disk
 
 Templates = str | Mapping[str, str]
 
@@ -78,7 +77,7 @@ def submit(
     temporary = inbox / f"{atomic.TEMPORARY_PREFIX}{short}"
     try:
         with space_for(f"nothing of {path} was submitted; free some space and submit it again"):
-            temporary.mkdir()
+            disk.mkdir(temporary)
             if not_copied := copy_tree(path, temporary / path.name, shown=path.name):
                 raise InboxError(f"{path} was not submitted: {'; '.join(not_copied)}")
             atomic.write_file(temporary / SUBMITTED_FILE, (note.model_dump_json() + "\n").encode())
@@ -88,7 +87,7 @@ def submit(
     except OSError as error:
         raise InboxError(f"{path} was not submitted: {error}; correct that and submit it again") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        disk.remove_tree(temporary, ignore_errors=True)
     return identity
 
 
@@ -119,7 +118,7 @@ def looked_at(path: Path, config: Config, known: Known | None = None) -> Iterato
     with tempfile.TemporaryDirectory(prefix="dynlora-check-") as room:
         # The drop is seen as it would be in the spool: under source/, with what is unpacked beside it.
         base = Path(room)
-        (base / SOURCE_DIR).symlink_to(path.parent)
+        disk.symlink(base / SOURCE_DIR, path.parent)
         layout = read_one(base / SOURCE_DIR / path.name, base / f"{UNPACKED_DIR}-1", config=config.inbox)
         yield base, compose(_claim_for(path), [layout], base=base, context=Context(config, known or Known()))
 

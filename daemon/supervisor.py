@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from deploy import disk
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_STOPPED = 75  # stopped on request after a checkpoint: to be resumed, not a failed attempt
@@ -36,10 +38,13 @@ def start_process(
     command: Sequence[str], log_path: Path, *, stdin: int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
     """Start a worker's process: its stdout is a pipe, its stderr is appended to the file `log_path`."""
-    with log_path.open("ab") as log_file:
+    log = disk.open_file(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
         return subprocess.Popen(
-            list(command), stdin=stdin, stdout=subprocess.PIPE, stderr=log_file, env=_environment()
+            list(command), stdin=stdin, stdout=subprocess.PIPE, stderr=log, env=_environment()
         )
+    finally:
+        os.close(log)
 
 
 class Worker:

@@ -16,6 +16,7 @@ it leaves is in the batch's directory and in the store's staging directory.
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -29,10 +30,14 @@ from typing import Any, NoReturn
 
 from daemon.status import describe, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from deploy import disk
 
 LOCK_NAME = "worker.lock"
 REBUILD_LOCK_NAME = "rebuild.lock"  # a rebuild needs little memory and goes on beside the others
 ANALYSIS_LOCK_NAME = "analysis.lock"  # an analysis only reads the home: learning need not wait for it
+NO_MEMORY = "the worker ran out of memory; make the batch smaller, or give the daemon more memory"
+# Of torch, of C++, and of oneDNN, which has no other words for it.
+_NO_MEMORY_WORDS = ("can't allocate memory", "bad_alloc", "could not create a primitive")
 _PR_SET_PDEATHSIG = 1
 _LOCK_WAIT_SECONDS = 60
 
@@ -98,13 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         why = f"{error.name} is not installed; pip install 'dynlora[daemon]'"
         outlet.say("error", message=why, retry=True, fault="home")
         code = EXIT_FAILED
-    except MemoryError:
-        outlet.say("error", message="the worker ran out of memory; make the batch smaller", retry=True)
-        code = EXIT_FAILED
-    except OSError as error:
-        _blame(outlet, error, describe(error, options.home), retry=True)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_refused_memory(error):
+            outlet.say("error", message=NO_MEMORY, retry=True)
+        elif isinstance(error, OSError):
+            _blame(outlet, error, describe(error, options.home), retry=True)
+        else:
+            raise
         code = EXIT_FAILED
     sys.exit(code)
+
+
+def is_refused_memory(error: BaseException) -> bool:
+    """Whether this is how Python, the system, or torch and its parts say that there is no more memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY_WORDS)
 
 
 def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
@@ -207,7 +221,7 @@ def _stand_by() -> list[str]:
     if not line.endswith(b"\n"):  # the daemon has no work for us any more
         sys.exit(EXIT_STOPPED)
     order = json.loads(line)
-    log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    log = disk.open_file(Path(order["log"]), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 2)
     os.close(log)
     return [str(argument) for argument in order["arguments"]]
@@ -272,7 +286,7 @@ def _die_with_parent(parent_pid: int) -> None:
 @contextmanager
 def _alone(home: Path, name: str) -> Iterator[None]:
     """Hold the worker lock: a successor waits until its predecessor is really gone."""
-    with (home / name).open("ab") as lock:
+    with os.fdopen(disk.open_file(home / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as lock:
         deadline = time.monotonic() + _LOCK_WAIT_SECONDS
         while True:
             try:
@@ -281,7 +295,7 @@ def _alone(home: Path, name: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise OSError(
-                        f"another worker has held {lock.name} for {_LOCK_WAIT_SECONDS} s; is one stuck?"
+                        f"another worker has held {home / name} for {_LOCK_WAIT_SECONDS} s; is one stuck?"
                     ) from None
                 time.sleep(0.05)
         yield

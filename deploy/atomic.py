@@ -1,21 +1,23 @@
-"""The one door for durable writes: a file is seen whole or not at all, and stays after a power cut.
+"""Durable writes: a file is seen whole or not at all, and stays after a power cut.
 
-Knows nothing of versions or batches. Everything here is atomic for readers (they see the old or the
-new, never a part) unless its docstring says otherwise. Temporary names start with TEMPORARY_PREFIX,
-so that whoever owns a directory can tell leftovers of a crash from data.
+Built out of the calls in deploy.disk; knows nothing of versions or batches. Everything here is atomic for
+readers (they see the old or the new, never a part) unless its docstring says otherwise. Temporary names
+start with TEMPORARY_PREFIX, so that whoever owns a directory can tell leftovers of a crash from data.
 
 After a failed fsync Linux may drop the dirty pages, and a second fsync would then succeed without
 them: so nothing here retries. The temporary file is discarded and the error passes on.
 """
 
+import contextlib
 import errno
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from deploy import disk
 
 TEMPORARY_PREFIX = ".tmp-"
 
@@ -43,18 +45,18 @@ def write_file(
         OSError: nothing was changed and the temporary file is gone.
     """
     temporary = temporary_beside(path)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with disk.new_file(temporary, mode=0o600) as descriptor:
             if size_bytes:
-                os.posix_fallocate(descriptor, 0, size_bytes)
-            file.writelines((data,) if isinstance(data, bytes) else data)
-            file.flush()
+                disk.reserve(descriptor, size_bytes)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                disk.write(descriptor, piece)
             os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-        temporary.replace(path)
+            disk.fsync(descriptor)
+        disk.rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what there is to tell
+            disk.unlink(temporary, missing_ok=True)
         raise
     fsync_dir(path.parent)
 
@@ -79,9 +81,9 @@ def append_line(path: Path, text: str) -> None:
         OSError: the disk is full; part of the line may have been written.
     """
     line = text.rstrip("\n").encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = disk.open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
-        written = os.write(descriptor, line)
+        written = disk.write_once(descriptor, line)
     finally:
         os.close(descriptor)
     if written < len(line):
@@ -96,7 +98,7 @@ def make_dir(path: Path) -> None:
         return
     if not path.parent.is_dir():
         make_dir(path.parent)
-    path.mkdir(exist_ok=True)
+    disk.mkdir(path, exist_ok=True)
     fsync_dir(path.parent)
 
 
@@ -104,7 +106,7 @@ def fsync_file(path: Path) -> None:
     """Flush one file's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        disk.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -113,7 +115,7 @@ def fsync_dir(path: Path) -> None:
     """Flush a directory's entries (names, not contents) to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        disk.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -136,7 +138,7 @@ def rename(source: Path, target: Path) -> None:
     Raises:
         OSError: EXDEV across file systems, ENOTEMPTY where ``target`` is a directory with content.
     """
-    source.rename(target)
+    disk.rename(source, target)
     fsync_dir(target.parent)
     if source.parent != target.parent:
         fsync_dir(source.parent)
@@ -145,18 +147,19 @@ def rename(source: Path, target: Path) -> None:
 def replace_symlink(link: Path, target: str) -> None:
     """Point ``link`` at ``target`` (relative to the link's directory) in one step."""
     temporary = temporary_beside(link)
-    temporary.symlink_to(target)
+    disk.symlink(temporary, target)
     try:
-        temporary.rename(link)
+        disk.rename(temporary, link)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what there is to tell
+            disk.unlink(temporary, missing_ok=True)
         raise
     fsync_dir(link.parent)
 
 
 def remove_file(path: Path) -> None:
     """Remove a file or link, durably; fine if it is gone already."""
-    path.unlink(missing_ok=True)
+    disk.unlink(path, missing_ok=True)
     fsync_dir(path.parent)
 
 
@@ -166,7 +169,7 @@ def remove_tree(path: Path) -> None:
     Not atomic: a crash leaves a part. Meant for staging and other directories that nobody reads.
     """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        disk.remove_tree(path)
         fsync_dir(path.parent)
     else:
         remove_file(path)

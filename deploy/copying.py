@@ -2,11 +2,12 @@
 
 import contextlib
 import fcntl
-import os
-import shutil
 from pathlib import Path
 
+from deploy import disk
+
 _FICLONE = 0x40049409  # ioctl of Linux: the target shares the source's blocks until one of them is written
+_PIECE_BYTES = 8 << 20
 
 
 def copy_file(source: Path, target: Path) -> bool:
@@ -17,15 +18,16 @@ def copy_file(source: Path, target: Path) -> bool:
     Raises:
         OSError: for instance a full disk, or ``target`` exists; then no part of it is left.
     """
-    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        with os.fdopen(descriptor, "wb") as out, source.open("rb") as file:
-            # Btrfs, XFS and bcachefs share; others refuse, as they do across two file systems.
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(out.fileno(), _FICLONE, file.fileno())
-                return True
-            shutil.copyfileobj(file, out, 8 << 20)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
+    with disk.new_file(target) as out:
+        try:
+            with source.open("rb", buffering=0) as file:
+                # Btrfs, XFS and bcachefs share; others refuse, as they do across two file systems.
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(out, _FICLONE, file.fileno())
+                    return True
+                while piece := file.read(_PIECE_BYTES):
+                    disk.write(out, piece)
+        except BaseException:
+            disk.unlink(target, missing_ok=True)
+            raise
     return False

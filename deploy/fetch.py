@@ -4,11 +4,14 @@ Knows what a file must be, not what it is for.
 """
 
 import hashlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from deploy import disk
 from deploy.errors import ShareError
 from deploy.manifest import FileRecord
 from deploy.remote import PIECE_BYTES, Remote, read_small
@@ -62,38 +65,47 @@ class Fetcher:
         was_resumed = _persist(lambda: self._continue(name, record, part))
         found = _sha256_of(part)
         if found.hexdigest() != record.sha256 and was_resumed:
-            part.unlink()  # what lay here was of another file, or a power cut had spoilt it
+            disk.unlink(part)  # what lay here was of another file, or a power cut had spoilt it
             _persist(lambda: self._continue(name, record, part))
             found = _sha256_of(part)
         if found.hexdigest() != record.sha256:
-            part.unlink()
+            disk.unlink(part)
             raise ShareError(
                 f"{name} there is not what its manifest records: expected sha256 {record.sha256}, "
                 f"found {found.hexdigest()}. Nothing was changed here."
             )
-        part.rename(path)
+        disk.rename(part, path)
 
     def _continue(self, name: str, record: FileRecord, part: Path) -> bool:
         """Bring ``part`` to its full size; tell whether something of it was there already."""
         size = part.stat().st_size if part.exists() else 0
         if size > record.bytes:
-            part.unlink()
+            disk.unlink(part)
             size = 0
         if size == record.bytes and part.exists():
             return True
-        with self.remote.open(name, size) as (start, stream), part.open("r+b" if size else "wb") as file:
-            file.truncate(start)
-            file.seek(start)
+        with self.remote.open(name, size) as (start, stream), _opened(part) as descriptor:
+            disk.truncate(descriptor, start)
+            os.lseek(descriptor, start, os.SEEK_SET)
             left = record.bytes - start
             while left and (piece := stream.read(min(PIECE_BYTES, left))):
                 self.bytes_moved += len(piece)
-                file.write(piece)
+                disk.write(descriptor, piece)
                 left -= len(piece)
             if not left and stream.read(1):
                 raise ShareError(f"{name} there is longer than the {record.bytes} bytes its manifest records")
         if left:
             raise OSError(f"{name} broke off {left} bytes before its end")
         return start > 0
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = disk.open_file(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _sha256_of(path: Path) -> "hashlib._Hash":

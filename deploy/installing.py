@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.ancestry import delta_versions, nearest_base
 from deploy.arriving import Arriving, Catalogue
 from deploy.copying import copy_file
@@ -112,12 +112,12 @@ class Installer:
         """Have a file in its place: it is there already, a version here has the same, or it is fetched."""
         if is_as_recorded(target, record):
             return
-        target.unlink(missing_ok=True)
+        disk.unlink(target, missing_ok=True)
         for source in self._same_here(name, record):
             copy_file(source, target)
             if is_as_recorded(target, record):
                 return
-            target.unlink()  # it was damaged here
+            disk.unlink(target)  # it was damaged here
         self._fetch.file(self._remote_name(arriving, name), record, target)
 
     def _same_here(self, name: str, record: FileRecord) -> Iterator[Path]:
@@ -171,14 +171,14 @@ class Installer:
 
     def _seal(self, arriving: Arriving, staging: Path) -> None:
         """Add manifest and signature as they came, drop what is not of this version, and flush."""
-        (staging / MANIFEST_NAME).unlink(missing_ok=True)
-        (staging / SIGNATURE_NAME).unlink(missing_ok=True)
-        (staging / MANIFEST_NAME).write_bytes(arriving.content)
+        disk.unlink(staging / MANIFEST_NAME, missing_ok=True)
+        disk.unlink(staging / SIGNATURE_NAME, missing_ok=True)
+        disk.write_new(staging / MANIFEST_NAME, arriving.content)
         if arriving.signature:
-            (staging / SIGNATURE_NAME).write_bytes(arriving.signature)
+            disk.write_new(staging / SIGNATURE_NAME, arriving.signature)
         for path in list(staging.iterdir()):
             if path.name.endswith(PART_SUFFIX) or path.name.startswith(atomic.TEMPORARY_PREFIX):
-                path.unlink()
+                disk.unlink(path)
             else:
                 path.chmod(0o444)
         atomic.fsync_tree(staging)
@@ -190,7 +190,7 @@ class Installer:
             atomic.rename(staging, target)
             return
         for path in sorted(staging.iterdir(), key=lambda path: path.name == WEIGHTS_NAME):
-            path.rename(target / path.name)
+            disk.rename(path, target / path.name)
         atomic.fsync_dir(target)
         atomic.remove_tree(staging)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.errors import ShareError
 from deploy.manifest import DELTA_NAME, MANIFEST_NAME, SIGNATURE_NAME, WEIGHTS_NAME, Manifest, file_record
 from deploy.remote import PIECE_BYTES, POINTER_NAME, Pointer, folder_of, open_file_system, store_errors
@@ -66,7 +66,7 @@ class FolderTarget:
         if not path.is_dir():
             return {}
         for leftover in list(path.glob(f"{atomic.TEMPORARY_PREFIX}*")):
-            leftover.unlink(missing_ok=True)
+            disk.unlink(leftover, missing_ok=True)
         return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
 
     def read(self, name: str) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
     CLASSES_NAME,
@@ -73,7 +73,7 @@ def _remove(directory: Path, doomed: list[Path]) -> bool:
     with _exclusive(directory / MANIFEST_NAME) as is_free:
         # Without its weights a version is not full: so they go first, and a crash leaves no doubt.
         for path in sorted(doomed, key=lambda path: path.name != WEIGHTS_NAME) if is_free else ():
-            path.unlink()
+            disk.unlink(path)
         atomic.fsync_dir(directory)
     return is_free
 

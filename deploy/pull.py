@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.arriving import Arriving, Catalogue
 from deploy.errors import ShareError, StoreError
 from deploy.fetch import Fetcher
@@ -125,7 +125,7 @@ def pull(remote: Remote, directory: Path, options: PullOptions = PullOptions()) 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     atomic.make_dir(directory)
-    descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = disk.open_file(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,10 +8,9 @@ records, so a rebuilt version is the published one or there is none.
     adopt_rebuild    reads it again and moves it in, the weights last: without them a version is not full
 """
 
-import shutil
 from pathlib import Path
 
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.errors import StoreError, VerifyError
 from deploy.lineage import Told, fold_lineage
 from deploy.manifest import WEIGHTS_NAME, is_as_recorded
@@ -53,7 +52,7 @@ def stage_rebuild(store: VersionStore, version: int, *, told: Told | None = None
     staging = store.stage(staging_name(version))
     for name in lacking:
         if name != WEIGHTS_NAME:
-            shutil.copyfile(_find_copy(store, version, name), staging / name)
+            disk.copy(_find_copy(store, version, name), staging / name)
     if WEIGHTS_NAME in lacking:
         found = fold_lineage(store, version, manifest.lineage, staging / WEIGHTS_NAME, told=told)
         if found != manifest.files[WEIGHTS_NAME]:

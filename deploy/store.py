@@ -18,11 +18,10 @@ Which files make a version, and whether they fit together, is deploy.manifest's 
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.errors import StoreError, VerifyError
 from deploy.manifest import (
     GRAPH_NAMES,
@@ -76,7 +75,7 @@ class VersionStore(StoreReader):
         atomic.remove_tree(staging)
         atomic.make_dir(staging)
         for carried in CARRIED_NAMES if like is not None else ():
-            shutil.copyfile(self.path(like or 0) / carried, staging / carried)
+            disk.copy(self.path(like or 0) / carried, staging / carried)
         return staging
 
     def staging_dir(self, name: str) -> Path:
@@ -199,7 +198,7 @@ class VersionStore(StoreReader):
 
     def _seal(self, staging: Path, manifest: Manifest) -> None:
         """Flush the files, read them again, make them read-only, and add the manifest last."""
-        (staging / MANIFEST_NAME).unlink(missing_ok=True)  # an earlier try of this publication
+        disk.unlink(staging / MANIFEST_NAME, missing_ok=True)  # an earlier try of this publication
         for name in manifest.files:
             if (staging / name).is_file() and not (staging / name).is_symlink():
                 (staging / name).chmod(0o444)
@@ -215,8 +214,8 @@ class VersionStore(StoreReader):
     def _make_live(self, staging: Path, version: int) -> None:
         """Give the sealed directory its number and point ``current`` at it (see the module's docstring)."""
         upcoming = self.serving_dir / NEXT_NAME
-        upcoming.unlink(missing_ok=True)
-        upcoming.symlink_to(f"{VERSIONS_NAME}/{version}")
+        disk.unlink(upcoming, missing_ok=True)
+        disk.symlink(upcoming, f"{VERSIONS_NAME}/{version}")
         atomic.fsync_dir(self.serving_dir)
         atomic.rename(staging, self.path(version))
         atomic.rename(upcoming, self.serving_dir / CURRENT_NAME)
@@ -285,7 +284,7 @@ class VersionStore(StoreReader):
                 "Nothing is lost: mend the disk and start again, which finishes it."
             )
         with contextlib.suppress(OSError):
-            (self.serving_dir / NEXT_NAME).unlink(missing_ok=True)
+            disk.unlink(self.serving_dir / NEXT_NAME, missing_ok=True)
         live = f"version {self.current()} is still live" if self.versions() else "no version is live"
         return StoreError(
             f"version {version} could not be published: {error}. Nothing of it is visible; {live}. "

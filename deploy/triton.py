@@ -13,12 +13,11 @@ Served are the live version and the newest one before it, by name in `version_po
 version gets the highest number, so after a roll-back nothing newer may be left to Triton.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.copying import copy_file
 from deploy.errors import ShareError
 from deploy.manifest import (
@@ -121,7 +120,7 @@ class Repository:
         source, files = store.path(number), store.manifest(number).files
         temporary = target.parent / f"{atomic.TEMPORARY_PREFIX}{number}"
         atomic.remove_tree(temporary)
-        (temporary / MODEL_NAME).mkdir(parents=True)
+        disk.make_dirs(temporary / MODEL_NAME)
         is_shared = copy_file(source / WEIGHTS_NAME, temporary / MODEL_NAME / WEIGHTS_NAME)
         copy_file(source / _TOWERS[tower], temporary / MODEL_NAME / MODEL_NAME)
         for name in (*_BESIDE[tower], MANIFEST_NAME):
@@ -133,7 +132,7 @@ class Repository:
         }
         for name, path in copied.items():
             if file_record(path) != files[name]:
-                shutil.rmtree(temporary)
+                disk.remove_tree(temporary)
                 raise ShareError(
                     f"{source / name} is not what its manifest records, so it is not given to Triton; "
                     f"look with `dynlora verify {number}`"

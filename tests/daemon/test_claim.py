@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deploy import atomic
+from deploy import atomic, disk
 
 DAEMON, SENDER, GROUP = 64_001, 64_002, 64_003
 
@@ -195,6 +195,32 @@ def test_an_inbox_that_fails_does_not_make_one_batch_after_the_other(bench, monk
     assert len(list(folder.iterdir())) == 5
 
 
+@pytest.mark.parametrize("call", ["mkdir", "fsync"])
+def test_a_disk_that_fails_before_anything_was_taken_leaves_the_drop_where_it_is(
+    bench, monkeypatch, call: str
+) -> None:
+    """No batch has failed by it: the trouble is the home's, and the drop is taken in once that is over."""
+    folder = bench.class_folder("dress")
+    real = getattr(disk, call)
+
+    def broken(on: Any, **options: Any) -> None:
+        path = Path(f"/proc/self/fd/{on}").readlink() if call == "fsync" else on
+        if path.name == "source" or (call == "fsync" and (path / "source").exists()):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        real(on, **options)
+
+    monkeypatch.setattr(disk, call, broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        bench.settle()
+    assert (bench.spool.ids("incoming"), bench.spool.ids("failed")) == ([], [])
+    assert folder.exists()
+
+    monkeypatch.undo()
+    bench.settle()
+    assert bench.spool.ids("queued") == ["000001-dress"]
+    assert bench.spool.ids("failed") == []
+
+
 def test_a_folder_that_cannot_be_opened_is_told_of_and_stays(make_bench, shared_home: Path) -> None:
     """What is in it cannot even be counted."""
     bench = make_bench(shared_home)
@@ -370,7 +396,7 @@ def die_at(call: int) -> None:
         return step
 
     for owner, name in [
-        (os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (atomic, "remove_tree"),
+        (os, "fsync"), (Path, "rename"), (Path, "mkdir"), (atomic, "remove_tree"),
     ]:  # fmt: skip
         setattr(owner, name, counted(getattr(owner, name)))
 

@@ -61,7 +61,7 @@ sys.path.insert(0, "tests/deploy")
 import test_publish_faults as faults
 from deploy.store import VersionStore
 
-CALLS = ("fsync", "rename", "replace", "symlink", "unlink", "mkdir", "rmdir", "chmod", "fchmod", "fdopen")
+CALLS = ("open", "write", "fsync", "rename", "symlink", "unlink", "mkdir", "rmdir", "chmod", "fchmod")
 
 def arm(countdown):
     def armed(name, real):

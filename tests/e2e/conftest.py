@@ -125,7 +125,7 @@ def kill(process, *, group):
 
 
 @contextmanager
-def asking(home):
+def asking(home, every_seconds=0.02):
     """A client that classifies all the while; yields the versions it saw, in order, and its errors."""
     import threading
 
@@ -134,7 +134,7 @@ def asking(home):
     with Client(home.path / "serving", poll_seconds=0.05, threads=1) as client:
 
         def ask():
-            while not stop.wait(0.02):
+            while not stop.wait(every_seconds):
                 try:
                     [answer] = client.classify([image], labels=["a shoe", "a tomato"])
                 except Exception as error:  # noqa: BLE001 - any failed request is what the test looks for
@@ -180,9 +180,10 @@ def undisturbed(initialised, tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "home"
     shutil.copytree(initialised, path, symlinks=True)
     home = Home(path)
-    home.submit("shoes", "hat")
-    home.submit("tomato", "carrot")
+    home.batches, home.steps = [("shoes", "hat"), ("tomato", "carrot")], 16
+    for classes in home.batches:
+        home.submit(*classes)
     started = time.monotonic()
     home.finish()
-    home.seconds = time.monotonic() - started
+    home.longest_seconds = (time.monotonic() - started) / 2
     return home

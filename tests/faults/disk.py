@@ -4,7 +4,7 @@
 end there, too. Every call takes the next number from a journal that all processes of a life append to. At the
 chosen one the whole process group is killed, or the call fails. `lose_power` then does to a home what a power
 cut may do at worst: content that no fsync followed is gone, and entries that no fsync of their directory
-followed are as before. What the built-in `open` writes is no call of its own, but is lost in the same way.
+followed are as before. A write at which it happens is torn: the first half of it is on the disk.
 """
 # ruff: noqa: PTH102, PTH104, PTH108, PTH109, PTH112, PTH114, PTH115, PTH118, PTH120
 
@@ -21,6 +21,9 @@ REAL = {
     name: getattr(os, name)
     for name in (
         "open",
+        "write",
+        "ftruncate",
+        "posix_fallocate",
         "fsync",
         "rename",
         "replace",
@@ -32,6 +35,7 @@ REAL = {
         "mkdir",
     )
 }
+_ON_DESCRIPTORS = ("write", "ftruncate", "posix_fallocate", "fsync")
 _WRITES = os.O_CREAT | os.O_WRONLY | os.O_RDWR
 
 
@@ -67,6 +71,8 @@ class Disk:
                 return None
             number = self._count(entry)
             if number == self.at:
+                if name == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
                 if self.how == "kill":
                     os.killpg(0, signal.SIGKILL)
                 raise OSError(self.how, os.strerror(self.how), entry["path"])
@@ -76,7 +82,7 @@ class Disk:
 
     def _entry(self, name: str, args: Any, kwargs: Any) -> dict[str, Any] | None:
         """What the journal says of a call; None where it does not change the home."""
-        if name == "fsync":
+        if name in _ON_DESCRIPTORS:
             path = os.readlink(f"/proc/self/fd/{args[0]}")
             state = os.fstat(args[0])
             entry = {"path": path, "ino": state.st_ino, "size": state.st_size}
@@ -133,7 +139,7 @@ def lose_power(home: Path, journal: Path, before: dict[int, int], *, at: int) ->
         if entry["op"] == "fsync":
             safe[entry["ino"]] = entry["size"]
             pending = [p for p in pending if os.path.dirname(p.get("to") or p["path"]) != entry["path"]]
-        elif entry["op"] != "open" or entry["is_new"]:
+        elif entry["op"] not in _ON_DESCRIPTORS and (entry["op"] != "open" or entry["is_new"]):
             pending.append(entry)
     for path in home.rglob("*"):
         if path.is_file() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""A life of two batches, from the inbox to the second version, quick enough to be lived hundreds of times.
+"""A life of two batches or ten, from the inbox to the last version, quick enough to be lived very often.
 
 The daemon's code is the real one, and so are the store, its weights and their fold. A worker is a process of
 its own that the daemon starts, hears and kills as ever; it learns in no time, for it is forked from one that
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from daemon import requests, supervisor
+from daemon import requests, supervisor, worker
 from daemon.batch import read_batch
 from daemon.config import AttemptsConfig, Config, InboxConfig
 from daemon.exams import load_exams
@@ -38,6 +38,7 @@ CONFIG = Config(
 )
 NAMES = ("cup", "hat")
 TICKS = 4000
+IMAGES = 5
 
 
 def new_home(home: Path) -> None:
@@ -45,11 +46,16 @@ def new_home(home: Path) -> None:
     create_home(home)
     found_tiny(home / "serving")
     for number, name in enumerate(NAMES):
-        folder = home / "inbox" / f"batch-{number}" / name
-        folder.mkdir(parents=True)
-        for index in range(5):
-            pixels = np.random.default_rng([number, index]).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}.png")
+        draw_batch(home / "inbox" / f"batch-{number}", name, number)
+
+
+def draw_batch(batch: Path, name: str, number: int) -> None:
+    """A folder with one class folder of small images that no other batch has."""
+    folder = batch / name
+    folder.mkdir(parents=True)
+    for index in range(IMAGES):
+        pixels = np.random.default_rng([number, index]).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
 def live(home: Path) -> None:
@@ -77,13 +83,17 @@ class _Forked:
     def __init__(self, arguments: list[str], log_path: Path) -> None:
         reads, writes = os.pipe()
         self.returncode: int | None = None
+        parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(reads)
             os.dup2(writes, 1)
             code = 1
             try:
-                code = _work(dict(zip(arguments[1::2], arguments[2::2], strict=True)))
+                worker._die_with_parent(parent)
+                given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+                with worker._alone(Path(given["--home"]), worker.LOCK_NAME):
+                    code = _work(given)
             except OSError as error:
                 _say(event="error", message=str(error), retry=True)
             except BaseException:  # noqa: BLE001 - whatever it is, the daemon is told by the log
@@ -151,17 +161,19 @@ def _work(given: dict[str, str]) -> int:
     return 0
 
 
-def check_visible(home: Path) -> None:
+def check_visible(home: Path, batches: int = len(NAMES)) -> None:
     """At any moment, before anybody recovers: what clients see is whole, and every image is in one place."""
     store = VersionStore(home / "serving")
     assert store.current() in store.versions()
-    for version in store.versions():
+    newest = store.versions()[-CONFIG.store.keep_full :]
+    assert set(newest) <= set(store.full_versions())  # older ones are pruned
+    for version in store.full_versions():
         check_files(store.path(version), store.manifest(version).files)
     places = [(state, batch) for state in STATES for batch in Spool(home).ids(state)]
     assert len({batch for _, batch in places}) == len(places), places
     whole = [path for path in home.rglob("*.png") if path.stat().st_size]
     kept = {path.read_bytes() for path in whole if "exams" not in path.parts}
-    assert len(kept) == 5 * len(NAMES), f"{len(kept)} of {5 * len(NAMES)} images are left"
+    assert len(kept) == IMAGES * batches, f"{len(kept)} of {IMAGES * batches} images are left"
 
 
 def outcome(home: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from tests.deploy.tiny import found_tiny, stage_update
 from tests.faults import life
 from tests.faults.disk import Disk, inodes, lose_power
 
-# A batch that fails at the door is overtaken, and learnt once an operator retries it.
+# A drop that cannot be read once it was taken fails at the door, because its own blocks may be what is
+# broken: it is overtaken, and learnt once an operator retries it.
 OVERTAKEN = ["000002-batch-1", "000001-batch-0"]
 FAULTS = ("kill", "power", errno.EIO, errno.ENOSPC, errno.EMFILE)
 
@@ -108,26 +109,26 @@ def violations(
 )
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: errno.errorcode.get(fault, fault))
 def test_a_fault_at_any_call_ends_in_the_same_two_versions(
-    tmp_path: Path, undisturbed: Any, overtaken: dict[str, Any], fault: Any, stride: int
+    room: Path, undisturbed: Any, overtaken: dict[str, Any], fault: Any, stride: int
 ) -> None:
     """Every batch in one state, learnt once, the same weights, `current` whole, no image lost."""
     calls, expected = undisturbed
     ends = [expected] if fault in ("kill", "power") else [expected, overtaken]
     numbers = range(1 + 19 * FAULTS.index(fault) % stride, len(calls) + 1, stride)
-    found = violations(tmp_path, ends, numbers, fault=fault)
+    found = violations(room, ends, numbers, fault=fault)
     print(f"{len(numbers)} of {len(calls)} injection points, {len(found)} violations")
     assert found == []
 
 
 def test_a_worker_killed_while_it_writes_its_result_leaves_nothing_lying(
-    tmp_path: Path, undisturbed: Any
+    room: Path, undisturbed: Any
 ) -> None:
     """What it had begun to write would stay with the batch for ever."""
     calls, expected = undisturbed
     paths = [json.loads(line)["path"] for line in calls]
     numbers = [number for number, path in enumerate(paths, 1) if "/result/.tmp-" in path]
     assert len(numbers) > 6
-    assert violations(tmp_path, [expected], numbers[1:3], fault="kill") == []
+    assert violations(room, [expected], numbers[1:3], fault="kill") == []
 
 
 def around_the_first_publication(calls: list[str]) -> range:
@@ -136,18 +137,18 @@ def around_the_first_publication(calls: list[str]) -> range:
     return range(number - 2, number + 6, 2)
 
 
-def test_a_build_without_one_directory_fsync_is_caught(tmp_path: Path, undisturbed: Any) -> None:
+def test_a_build_without_one_directory_fsync_is_caught(room: Path, undisturbed: Any) -> None:
     """`current` is on the disk, and the version it names is not."""
     calls, expected = undisturbed
 
     def skips(call: str, path: str) -> bool:
         return call == "fsync" and path.endswith("/serving/versions")
 
-    found = violations(tmp_path, [expected], around_the_first_publication(calls), fault="power", skips=skips)
+    found = violations(room, [expected], around_the_first_publication(calls), fault="power", skips=skips)
     assert found
 
 
-def test_a_build_that_publishes_before_it_verifies_is_caught(tmp_path: Path, undisturbed: Any) -> None:
+def test_a_build_that_publishes_before_it_verifies_is_caught(room: Path, undisturbed: Any) -> None:
     """A version has its number, and its manifest is not there yet."""
     calls, expected = undisturbed
 
@@ -162,5 +163,5 @@ def test_a_build_that_publishes_before_it_verifies_is_caught(tmp_path: Path, und
 
         VersionStore._make_live = make_live_first  # type: ignore[method-assign]
 
-    found = violations(tmp_path, [expected], around_the_first_publication(calls), fault="kill", build=build)
+    found = violations(room, [expected], around_the_first_publication(calls), fault="kill", build=build)
     assert found
