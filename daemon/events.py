@@ -62,8 +62,12 @@ class EventLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All events, rotated files first; lines that are not JSON objects are skipped."""
-        rotated = sorted(self._path.parent.glob("events-*.jsonl"))
-        return [entry for path in [*rotated, self._path] for entry in _entries(path)]
+        return list(self.each())
+
+    def each(self) -> Iterator[dict[str, Any]]:
+        """As `read`, one at a time."""
+        for path in [*sorted(self._path.parent.glob("events-*.jsonl")), self._path]:
+            yield from _entries(path)
 
     def tail(self, max_bytes: int = 1 << 18) -> list[dict[str, Any]]:
         """The last events, oldest first, from no more than so much of the end of the log."""
@@ -95,7 +99,8 @@ class EventLog:
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        yield from _parsed(path.read_bytes().splitlines())
+        with path.open("rb") as file:
+            yield from _parsed(file)
     except FileNotFoundError:
         return
 

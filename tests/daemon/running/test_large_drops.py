@@ -1,0 +1,132 @@
+"""A drop too large for the daemon's loop: a process takes it in, everything else goes on, nothing is lost."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from daemon.claim import read_claim
+from daemon.intake import LARGE_ENTRIES
+from daemon.requests import Request, leave, take_answer
+from daemon.status import read_status
+from tests.daemon.running.conftest import draw_class
+
+LARGE = LARGE_ENTRIES + 20
+BATCH = "000001-cups"
+
+
+@pytest.fixture
+def large(bench):
+    """A service whose inbox has a large drop, and the process that takes it in stopped in its tracks."""
+    draw_class(bench.home / "inbox" / "cups", LARGE)
+    bench.service.reception.wake.set()
+    bench.tick_until(lambda: bench.service.reception.taking_in)
+    os.kill(pid_of(bench), signal.SIGSTOP)
+    yield bench
+    if bench.service.reception.taking_in:
+        os.kill(pid_of(bench), signal.SIGCONT)
+
+
+def pid_of(bench) -> int:
+    """Of the process that takes in a large drop."""
+    return bench.service.reception._intake.lane._worker.pid
+
+
+def go_on(bench) -> None:
+    """Let the process go on, and wait until the large drop is in."""
+    os.kill(pid_of(bench), signal.SIGCONT)
+    bench.tick_until(lambda: bench.spool.find(BATCH) not in (None, "incoming"))
+
+
+def test_requests_and_small_drops_do_not_wait_for_a_large_one(large):
+    """A pause is answered, another drop is taken in and told of, the status says what is at hand."""
+    name = leave(large.home, Request(command="pause", who="ann"))
+    large.tick()
+    assert take_answer(large.home, name).exit_code == 0
+    large.drop("hats")
+    large.service.reception.wake.set()
+    large.tick_until(lambda: large.spool.ids("queued") == ["000002-hats"])
+
+    assert large.spool.find(BATCH) == "incoming"
+    assert read_status(large.home)["taking_in"]["batch"] == BATCH
+    assert f"taking in {BATCH}: " in large.service.summary
+
+    go_on(large)
+    assert large.spool.ids("queued") == [BATCH, "000002-hats"]
+    assert len(large.spool.load(BATCH).images) == LARGE
+    assert large.events()[-1] == "queued"
+
+
+def test_how_a_large_drop_is_split_takes_those_into_account_that_overtook_it(large):
+    """An image that grades the small drop is not learnt from with the large one."""
+    source = next((large.home / "spool" / "incoming" / BATCH / "source").iterdir())
+    folder = large.home / "inbox" / "mugs"
+    folder.mkdir()
+    for path in sorted(source.iterdir())[:10]:
+        shutil.copy(path, folder)
+    leave(large.home, Request(command="pause", who="ann"))
+    large.service.reception.wake.set()
+    large.tick_until(lambda: large.spool.ids("queued") == ["000002-mugs"])
+    go_on(large)
+
+    graded = {image.sha256 for image in large.spool.load("000002-mugs").split("exam")}
+    assert graded
+    assert graded <= {image.sha256 for image in large.spool.load(BATCH).split("exam")}
+
+
+def test_a_process_that_dies_is_followed_by_another_one(large):
+    """And the drop is whole in the end; it was no fault of the drop's."""
+    os.kill(pid_of(large), signal.SIGKILL)
+    large.tick_until(lambda: large.service.reception.waits)
+    assert "was killed by SIGKILL" in large.service.reception.waits
+    large.now += 20
+    large.tick_until(lambda: large.spool.find(BATCH) not in (None, "incoming"))
+
+    assert len(large.spool.load(BATCH).images) == LARGE
+
+
+def test_a_drop_whose_process_dies_each_time_is_put_into_failed(bench):
+    """A decoder that crashes, or a limit of memory: the daemon lives, and the next drop is taken in."""
+    draw_class(bench.home / "inbox" / "cups", LARGE)
+    bench.service.reception.wake.set()
+    for attempt in range(1, 4):
+        bench.tick_until(lambda: bench.service.reception.taking_in)
+        directory = bench.spool.state_dir("incoming") / BATCH
+        bench.tick_until(lambda at=attempt, where=directory: read_claim(where).attempts == at)
+        os.kill(pid_of(bench), signal.SIGKILL)
+        bench.tick_until(lambda: bench.service.reception.taking_in is None)
+        bench.now += 20
+    bench.tick_until(lambda: bench.spool.find(BATCH) == "failed")
+
+    assert "the process that read this drop ended 3 times in a row" in bench.spool.reason(BATCH).reason
+    assert len(list((bench.spool.path(BATCH) / "source" / "cups").iterdir())) == LARGE
+
+
+@pytest.mark.parametrize("how", ["asked", "forced"])
+def test_a_stop_while_a_large_drop_is_taken_in_counts_for_nothing(large, how: str):
+    """However often: the drop stays claimed, and the next daemon takes it in."""
+    process = pid_of(large)
+    if how == "asked":
+        os.kill(process, signal.SIGCONT)
+    large.service.stop(lambda: how == "forced")
+
+    assert not Path(f"/proc/{process}").exists()
+    if large.spool.find(BATCH) == "incoming":  # else it was quicker
+        assert read_claim(large.spool.path(BATCH)).attempts == 0
+    large.new_service().start()
+    large.tick_until(lambda: large.spool.find(BATCH) not in (None, "incoming"))
+    assert len(large.spool.load(BATCH).images) == LARGE
+
+
+def test_an_archive_of_many_files_is_unpacked_beside_the_loop(bench, tmp_path):
+    """It is one entry of the inbox, and large by its bytes."""
+    draw_class(tmp_path / "made" / "cups", 10)
+    (tmp_path / "made" / "cups" / "film.bin").write_bytes(os.urandom(17 << 20))
+    shutil.make_archive(str(bench.home / "inbox" / "cups"), "zip", tmp_path / "made")
+    bench.service.reception.wake.set()
+    bench.tick_until(lambda: bench.service.reception.taking_in)
+    bench.tick_until(lambda: bench.spool.find(BATCH) not in (None, "incoming"))
+
+    assert len(bench.spool.load(BATCH).images) == 10
