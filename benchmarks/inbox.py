@@ -196,7 +196,8 @@ def _wait_for_huge(home: Path, pid: int) -> dict[str, Any]:
         queued.append(time.perf_counter() - before)
     return {
         "seconds": time.perf_counter() - begun,
-        "answers": len(answered), "answer_median": float(np.median(answered)), "answer_longest": max(answered),
+        "answers": len(answered),
+        "answer_median": float(np.median(answered)), "answer_longest": max(answered),
         "small_drops": len(queued), "small_median": float(np.median(queued)),
         "small_longest": max(queued), "phases_until": phases, "peak_mb": peaks,
     }  # fmt: skip

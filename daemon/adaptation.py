@@ -90,7 +90,7 @@ def adapt_batch(
         if stored is None and config.learning.dtype == "auto":
             plan = plan.model_copy(update={"dtype": fastest_dtype(clip, rank=plan.settings["rank"])})
         checkpoint = settle_plan(work_dir, plan)
-    with watch.stage("train"), _without_damaged(checkpoint):
+    with watch.stage("train"), _without_damaged(checkpoint), stop.looked_at():
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
         adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
     with _making_candidate(), watch.stage("fold"):

@@ -52,15 +52,35 @@ class Outlet:
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; looked at between steps."""
+    """What SIGTERM and SIGINT do: end the process at once, or where it works in steps, set a flag.
 
-    def __init__(self) -> None:
-        self.is_set = False
+    To end at once is as safe as a power cut, after which all is done again that is not on the disk.
+
+    Attributes:
+        is_set: a signal came.
+        is_looked_at: somebody looks at the flag between steps, and has something to save.
+    """
+
+    def __init__(self, *, is_looked_at: bool = False) -> None:
+        self.is_set, self.is_looked_at = False, is_looked_at
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._set)
 
+    @contextmanager
+    def looked_at(self) -> Iterator[None]:
+        """Within the block signals only set the flag; one that nobody saw ends the process after it."""
+        self.is_looked_at = True
+        try:
+            yield
+        finally:
+            self.is_looked_at = False
+        if self.is_set:
+            os._exit(EXIT_STOPPED)
+
     def _set(self, *_: object) -> None:
         self.is_set = True
+        if not self.is_looked_at:
+            os._exit(EXIT_STOPPED)
 
 
 def die_with_parent(parent_pid: int) -> None:

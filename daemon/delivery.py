@@ -6,6 +6,7 @@ the record is changed to what is left; the others are learnt.
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -93,10 +94,12 @@ def _leave_out_gone(record: Batch, directory: Path, min_images: int) -> Batch:
 
 
 def _gone(record: Batch, directory: Path) -> list[BatchImage]:
+    base = str(directory)
     return [
         image
         for image in record.images
-        if not (directory / image.file).exists() and not _is_file(directory / image.origin)
+        if not os.path.exists(f"{base}/{image.file}")  # noqa: PTH110 - 100,000 Path objects take longer
+        and not _is_file(f"{base}/{image.origin}")
     ]
 
 
@@ -130,8 +133,11 @@ def without(record: Batch, gone: Collection[BatchImage], *, min_images: int) -> 
     return record.model_copy(update=changes)
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _flush_folder(folder: Path) -> None:

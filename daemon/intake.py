@@ -209,6 +209,7 @@ class Intake:
                 self._scanning = scanning(
                     self.inbox, now, previous=self.scan, left_behind=left, unfinished=half_taken
                 )
+            next(self._scanning)
             while time.monotonic() < until:
                 next(self._scanning)
         except StopIteration as ended:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Take the drop in; returns the exit code."""
     options = _options(arguments)
     die_with_parent(options.parent_pid)
-    outlet, stop = Outlet(), StopFlag()
+    outlet, stop = Outlet(), StopFlag(is_looked_at=True)
     try:
         with alone(options.home, LOCK_NAME):
             _take_in(options, outlet, stop)

@@ -33,6 +33,7 @@ class Lane:
     """At most one process at a time.
 
     Attributes:
+        is_deciding: nobody else may decide about a drop now.
         waits: why the last drop is not in yet and is tried again, such as a full disk.
     """
 
@@ -116,6 +117,7 @@ class Lane:
                 return None  # it is dead, which is seen next
         elif event == "phase":
             self._progress = message
+            self.is_deciding &= self._phase != "move"  # batch.json is there
         elif event == "step":
             self._progress |= message
             if self._heard_at - self._told_at >= TOLD_SECONDS:

@@ -2,16 +2,17 @@
 
 The files are the truth. `look` lists the states and reads the records that are new; a batch that is gone from
 the spool makes it all be read again. So a drop costs the same after ten batches as after ten thousand. What
-can change in a record (attempts, what it is a duplicate of) is not remembered. Batches in incoming/ are being
-written, and are read each time.
+can change in a record (attempts, what it is a duplicate of) is not remembered. Batches in incoming/ count as
+soon as they have a record, which is read again when it changes.
 """
 
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from daemon.batch import Batch, BatchClass, read_batch, sequence
+from daemon.batch import BATCH_FILE, Batch, BatchClass, read_batch, sequence
 from daemon.compose import KnownClass
 from daemon.errors import BatchError
 from daemon.split import History
@@ -28,6 +29,19 @@ class _Entry:
     content_sha256: str | None  # None where there are no images
     classes: tuple[BatchClass, ...]
     has_images: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What a record said, and what file it was."""
+
+    key: tuple[int, int, int]
+    entry: _Entry
+    images: tuple[frozenset[str], frozenset[str]]  # hashes: that grade, that are learnt from
+
+
+class _MovedError(Exception):
+    """A batch left incoming/ while it was being looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,7 @@ class Ledger:
         self._trained: set[str] = set()
         self._by_producer: dict[str, list[str]] = {}
         self._by_content: dict[str, list[str]] = {}
+        self._coming_in: dict[str, _Record] = {}  # in incoming/, and decided about
         self.coming = Coming()
 
     def look(self) -> None:
@@ -139,54 +154,80 @@ class Ledger:
             self._entries.pop(batch, None)
             return entry is not None and entry.has_images
         if entry is None:
-            entry = self._entries[batch] = self._read(batch, state)
+            entry = self._entries[batch] = self._remember(batch, state)
         if entry is not None:
             (self.coming.add if state in ("queued", "work") else self.coming.remove)(batch, entry.classes)
         return False
 
-    def _read(self, batch: str, state: State) -> _Entry | None:
-        try:
-            record = read_batch(self._spool.state_dir(state) / batch)
-        except BatchError:
+    def _remember(self, batch: str, state: State) -> _Entry | None:
+        record = self._record(batch, self._spool.state_dir(state) / batch)
+        self._coming_in.pop(batch, None)
+        if record is None:
             return None  # it failed before it had one
-        for image in record.images:
-            (self._exam if image.split == "exam" else self._trained).add(image.sha256)
-        if record.producer_id is not None:
-            self._by_producer.setdefault(record.producer_id, []).append(batch)
-        if record.images:
-            self._by_content.setdefault(record.content_sha256, []).append(batch)
-        content = record.content_sha256 if record.images else None
-        return _Entry(record.producer_id, content, tuple(record.classes), bool(record.images))
+        self._exam |= record.images[0]
+        self._trained |= record.images[1]
+        if record.entry.producer_id is not None:
+            self._by_producer.setdefault(record.entry.producer_id, []).append(batch)
+        if record.entry.content_sha256 is not None:
+            self._by_content.setdefault(record.entry.content_sha256, []).append(batch)
+        return record.entry
+
+    def _record(self, batch: str, directory: Path) -> _Record | None:
+        """What there is to remember of a record; what was read in incoming/ is not read again."""
+        try:
+            found = (directory / BATCH_FILE).stat()
+            key = found.st_ino, found.st_mtime_ns, found.st_size
+            known = self._coming_in.get(batch)
+            if known is not None and known.key == key:
+                return known
+            batch_record = read_batch(directory)
+        except (BatchError, FileNotFoundError):
+            return None
+        images = batch_record.images
+        exam = frozenset(image.sha256 for image in images if image.split == "exam")
+        trained = frozenset(image.sha256 for image in images if image.split != "exam")
+        content = batch_record.content_sha256 if images else None
+        entry = _Entry(batch_record.producer_id, content, tuple(batch_record.classes), bool(images))
+        return _Record(key, entry, (exam, trained))
 
     def next_seq(self, highest_published: int = 0) -> int:
         """One more than any seq in the spool, now or since the first look, and than `highest_published`."""
         return 1 + max(self._highest, highest_published)
 
     def history(self, *, without: str | None = None) -> History:
-        """Every image hash that graded or was learnt from, in all batches but `without`."""
-        coming = [batch for batch in self._being_taken_in() if batch.id != without]
+        """Every image hash that graded or was learnt from, in all batches but `without`, now."""
+        while True:
+            self.look()
+            try:
+                coming = self._decided(without)
+            except _MovedError:
+                continue  # out of incoming/, and into what the next look finds
+            break
         if not coming:
             return History(self._exam, self._trained)
-        images = [image for batch in coming for image in batch.images]
-        return History(
-            self._exam | {image.sha256 for image in images if image.split == "exam"},
-            self._trained | {image.sha256 for image in images if image.split != "exam"},
-        )
+        exams, trained = ([found.images[which] for found in coming] for which in (0, 1))
+        return History(self._exam.union(*exams), self._trained.union(*trained))
 
-    def _being_taken_in(self) -> list[Batch]:
-        found = []
-        for name in self._listings["incoming"].names if "incoming" in self._listings else ():
-            if sequence(name) is not None:
-                try:
-                    found.append(read_batch(self._spool.state_dir("incoming") / name))
-                except BatchError:
-                    continue
-        return found
+    def _decided(self, without: str | None) -> list[_Record]:
+        """What is known of batches in incoming/ that have a record."""
+        names = self._listings["incoming"].names - {without}
+        found = {}
+        for name in names:
+            directory = self._spool.state_dir("incoming") / name
+            if sequence(name) is None:
+                continue
+            if (record := self._record(name, directory)) is not None:
+                found[name] = record
+            elif not directory.is_dir():
+                raise _MovedError
+        self._coming_in = found
+        return list(found.values())
 
     def twins(self, record: Batch) -> Iterator[tuple[str, State]]:
         """Batches that may have brought the same, by producer's id or by content, with the state of each.
 
-        Those at work come first, then queued, held and done ones; what failed may be tried again.
+        Those at work come first, then queued, held and done ones, and at last those that are being taken in;
+        what failed may be tried again. As of the last `history`.
         """
         names = set(self._by_producer.get(record.producer_id or "", ()))
         if record.images:
@@ -196,6 +237,10 @@ class Ledger:
             for name in sorted((n for n in names if self._states.get(n) == state), key=_order):
                 if name != record.id:
                     yield name, state
+        for name, found in self._coming_in.items():
+            is_same = found.entry.content_sha256 == record.content_sha256
+            if is_same or (record.producer_id and found.entry.producer_id == record.producer_id):
+                yield name, "incoming"
 
 
 def _order(batch: str) -> tuple[int, str]:

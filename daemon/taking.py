@@ -49,9 +49,10 @@ class Taker:
 
     Attributes:
         should_stop: asked between two files.
-        before_deciding: called once all files were read. From then until `finish` returns nobody else may
+        before_deciding: called once all files were read. From then until the phase `move` nobody else may
             decide about a drop: what one brings decides how the next one is split.
-        told: called with the phase, and how many of how many files are done.
+        told: called with the phase, and how many of how many files are done: gather, unpack, examine, flush,
+            decide, move.
         counted: claims whose attempt counter this process raised.
     """
 
@@ -93,10 +94,10 @@ class Taker:
     def _context(self, batch: str) -> Context:
         """What counts now: what is live, the classes of batches on their way, all images there ever were."""
         known = self.known()
-        self.ledger.look()
+        history = self.ledger.history(without=batch)
         classes = ChainMap(dict(known.classes), self.ledger.coming)  # type: ignore[arg-type]  # only read
         everything = Known(classes, known.producer_ids, known.contents, known.batch_ids)
-        return Context(self.config, everything, self.ledger.history(without=batch))
+        return Context(self.config, everything, history)
 
     def _compose_once(self, claim: Claim, directory: Path) -> None:
         """As _compose; a drop that ends the process each time it is read is not read for ever."""
@@ -134,6 +135,7 @@ class Taker:
         record = compose(claim, layouts, base=directory, context=context, found=found)
         record = record.model_copy(update={"duplicate_of": self._duplicate_of(record, context.known)})
         atomic.write_file(directory / BATCH_FILE, record.to_json().encode())
+        self.told("move", 0, 0)
 
     def _duplicate_of(self, record: Batch, known: Known) -> str | None:
         """The batch that brought the same: by the producer's id ever, by content while it counts."""
@@ -146,7 +148,7 @@ class Taker:
                 continue
             if record.producer_id is not None and other.producer_id == record.producer_id:
                 return other.duplicate_of or other.id
-            is_open = state in {"work", "queued"}  # what was held may be tried again
+            is_open = state in {"work", "queued", "incoming"}  # what was held may be tried again
             if is_open and record.images and other.content_sha256 == record.content_sha256:
                 return other.duplicate_of or other.id
         return known.contents.get(record.content_sha256) if record.images else None

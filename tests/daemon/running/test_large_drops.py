@@ -23,6 +23,7 @@ def large(bench):
     draw_class(bench.home / "inbox" / "cups", LARGE)
     bench.service.reception.wake.set()
     bench.tick_until(lambda: bench.service.reception.taking_in)
+    bench.tick_until(lambda: list(bench.home.glob(f"spool/incoming/{BATCH}/source/cups")))
     os.kill(pid_of(bench), signal.SIGSTOP)
     yield bench
     if bench.service.reception.taking_in:
