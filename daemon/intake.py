@@ -89,10 +89,11 @@ class Intake:
             is_deciding = self.lane is not None and self.lane.is_deciding
             if (is_due or self.is_busy) and not is_deciding:
                 self._take_ready(now, until, events)
-        except NoSpaceError as error:
+        except (NoSpaceError, Stopped) as error:
             self.waits = str(error)
-        except Stopped as error:
-            self.waits = told = str(error)
+            told = self.waits if isinstance(error, Stopped) else told
+            self._groups.clear()  # to be found again by the next look
+            self._taken.clear()
         if self.waits not in {None, told}:
             events.append(IntakeEvent("intake_waits", str(self.waits)))
         self._untold = []
@@ -101,7 +102,7 @@ class Intake:
     @property
     def is_busy(self) -> bool:
         """Whether there is more to do at once."""
-        return self._scanning is not None or bool(self._groups)
+        return self._scanning is not None or bool(self._groups or self._taken)
 
     @property
     def is_idle(self) -> bool:

@@ -68,7 +68,7 @@ class Lane:
             log_path.unlink(missing_ok=True)
             process = start_process(command, log_path, stdin=subprocess.PIPE)
         except OSError as error:
-            self._rest(f"no process to take in {batch} could be started: {error.strerror}", now)
+            self._wait(f"no process to take in {batch} could be started: {error.strerror}", now)
             return
         self._stdin, self._batch, self.waits = process.stdin, batch, None
         self._worker = Worker(process, log_path, wake=self._wake)
@@ -90,15 +90,10 @@ class Lane:
             self._ended(worker, code, now, is_told=bool(events))
         elif time.monotonic() - self._heard_at > SILENT_SECONDS:
             worker.kill()
+            self._tell_end(f"it hung in phase {self._progress.get('phase')!r} and was killed")
             self._close()
-            self._rest(
-                f"the process that takes in {self._batch} hung in phase {self._phase!r} and was killed", now
-            )
+            self._rests_until = now + REST_SECONDS
         return events
-
-    @property
-    def _phase(self) -> str:
-        return str(self._progress.get("phase"))
 
     def _hear(self, message: dict[str, Any]) -> IntakeEvent | None:
         self._heard_at = time.monotonic()
@@ -117,7 +112,7 @@ class Lane:
                 return None  # it is dead, which is seen next
         elif event == "phase":
             self._progress = message
-            self.is_deciding &= self._phase != "move"  # batch.json is there
+            self.is_deciding &= message.get("phase") != "move"  # batch.json is there
         elif event == "step":
             self._progress |= message
             if self._heard_at - self._told_at >= TOLD_SECONDS:
@@ -130,18 +125,19 @@ class Lane:
         if code == EXIT_DONE and is_told:
             return
         if code == EXIT_DONE and self.waits is not None:
-            self._rest(self.waits, now)
+            self._wait(self.waits, now)
         elif code != EXIT_STOPPED:
             why = worker.why_it_failed(code).replace("the worker", f"the process that takes in {self._batch}")
-            self._rest(why, now)
+            self._rests_until = now + REST_SECONDS
             if worker.error is not None:
                 raise StoreError(why)
+            self._tell_end(why)
 
-    def _rest(self, why: str, now: float) -> None:
-        if why != self.waits:
-            logs.log("intake process ended", level=logging.WARNING, batch=self._batch, why=why)
-        self.waits = why
-        self._rests_until = now + REST_SECONDS
+    def _tell_end(self, why: str) -> None:
+        logs.log("intake process ended", level=logging.WARNING, batch=self._batch, why=why)
+
+    def _wait(self, why: str, now: float) -> None:
+        self.waits, self._rests_until = why, now + REST_SECONDS
 
     def stop(self, should_force: Callable[[], bool] = lambda: False) -> None:
         """Ask the process to end, then make it. That we killed it says nothing about its drop."""

@@ -27,12 +27,6 @@ PHASES = {
     "verify": "verifying",
     "exam": "grading the candidate",
     "publish": "publishing",
-    "gather": "taking the drop out of the inbox",
-    "unpack": "unpacking the drop",
-    "examine": "reading the images of the drop",
-    "flush": "flushing the drop to the disk",
-    "decide": "sorting the images of the drop",
-    "move": "moving the images of the drop",
 }
 
 

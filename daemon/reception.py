@@ -87,15 +87,16 @@ class Reception:
         """
         was_set_back = now < self._scanned_at
         is_due = now >= self._next_scan or self.wake.is_set() or was_set_back
-        if not (is_due or self._intake.is_busy or self.taking_in is not None):
+        was_busy = self._intake.is_busy
+        if not (is_due or was_busy or self.taking_in is not None):
             return False
         if is_due:
             self._scanned_at = now
             self.wake.clear()
         for event in self._intake.step(now, is_due=is_due):
             self._pass_on(event)
-        if is_due or not self._intake.is_busy:
-            self._next_scan = self._scanned_at + self._intake.seconds_to_next_scan(now)
+        if is_due or was_busy:
+            self._next_scan = now + self._intake.seconds_to_next_scan(now)
         return self._intake.is_busy
 
     def stop(self, should_force: Callable[[], bool] = lambda: False) -> None:

@@ -309,8 +309,6 @@ class Service:
             self._view.update(**{key: value for key, value in revising.items() if key != "request"})
         elif working is not None:
             self._view.update(**working)
-        elif taking_in is not None:
-            self._view.update(**taking_in)
         else:
             self._view.clear()
         pin, live = self._look_at_store()

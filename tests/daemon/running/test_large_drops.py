@@ -77,11 +77,12 @@ def test_how_a_large_drop_is_split_takes_those_into_account_that_overtook_it(lar
     assert graded <= {image.sha256 for image in large.spool.load(BATCH).split("exam")}
 
 
-def test_a_process_that_dies_is_followed_by_another_one(large):
+def test_a_process_that_dies_is_followed_by_another_one(large, caplog):
     """And the drop is whole in the end; it was no fault of the drop's."""
     os.kill(pid_of(large), signal.SIGKILL)
-    large.tick_until(lambda: large.service.reception.waits)
-    assert "was killed by SIGKILL" in large.service.reception.waits
+    large.tick_until(lambda: large.service.reception.taking_in is None)
+    [told] = [record for record in caplog.records if record.message == "intake process ended"]
+    assert f"the process that takes in {BATCH} was killed by SIGKILL" in str(vars(told))
     large.now += 20
     large.tick_until(lambda: large.spool.find(BATCH) not in (None, "incoming"))
 
