@@ -8,13 +8,29 @@ from pathlib import Path
 import pytest
 
 from daemon.claim import read_claim
+from daemon.home import create_home
 from daemon.intake import LARGE_ENTRIES
 from daemon.requests import Request, leave, take_answer
+from daemon.rest import Pause, write_pause
 from daemon.status import read_status
-from tests.daemon.running.conftest import draw_class
+from tests.daemon.running.conftest import QUICK, Bench, draw_class
+from tests.deploy.tiny import found_tiny
 
 LARGE = LARGE_ENTRIES + 20
 BATCH = "000001-cups"
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A service on a small home that is paused: batches are taken in, and wait."""
+    home = tmp_path / "home"
+    create_home(home)
+    found_tiny(home / "serving")
+    write_pause(home, Pause(who="ann"))
+    bench = Bench(home, QUICK)
+    bench.service.start()
+    yield bench
+    bench.service.stop(lambda: True)
 
 
 @pytest.fixture
@@ -67,7 +83,6 @@ def test_how_a_large_drop_is_split_takes_those_into_account_that_overtook_it(lar
     folder.mkdir()
     for path in sorted(source.iterdir())[:10]:
         shutil.copy(path, folder)
-    leave(large.home, Request(command="pause", who="ann"))
     large.service.reception.wake.set()
     large.tick_until(lambda: large.spool.ids("queued") == ["000002-mugs"])
     go_on(large)
