@@ -25,7 +25,7 @@ from deploy.errors import StoreError
 LOG_NAME = "intake.log"  # in the home: the last words of the last such process
 SILENT_SECONDS = 900.0  # without a file read or flushed: it hangs, and is killed
 STOP_SECONDS = 5.0
-REST_SECONDS = 10.0  # before a drop is tried again, after a full disk or a death
+REST_SECONDS = 30.0  # before a drop is tried again, after a full disk or a death
 TOLD_SECONDS = 10.0  # between two lines of progress in the log
 
 
@@ -70,7 +70,7 @@ class Lane:
         except OSError as error:
             self._wait(f"no process to take in {batch} could be started: {error.strerror}", now)
             return
-        self._stdin, self._batch, self.waits = process.stdin, batch, None
+        self._stdin, self._batch = process.stdin, batch  # `waits` stays: it is not told anew with every try
         self._worker = Worker(process, log_path, wake=self._wake)
         self._progress, self._heard_at = {"phase": "start"}, time.monotonic()
         logs.log("taking in", batch=batch, pid=process.pid)
@@ -122,11 +122,11 @@ class Lane:
 
     def _ended(self, worker: Worker, code: int, now: float, *, is_told: bool) -> None:
         self._close()
-        if code == EXIT_DONE and is_told:
-            return
-        if code == EXIT_DONE and self.waits is not None:
+        if code == EXIT_DONE and not is_told and self.waits is not None:
             self._wait(self.waits, now)
-        elif code != EXIT_STOPPED:
+            return
+        self.waits = None
+        if code not in (EXIT_DONE, EXIT_STOPPED):
             why = worker.why_it_failed(code).replace("the worker", f"the process that takes in {self._batch}")
             self._rests_until = now + REST_SECONDS
             if worker.error is not None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_process_that_dies_is_followed_by_another_one(large, caplog):
     large.tick_until(lambda: large.service.reception.taking_in is None)
     [told] = [record for record in caplog.records if record.message == "intake process ended"]
     assert f"the process that takes in {BATCH} was killed by SIGKILL" in str(vars(told))
-    large.now += 20
+    large.now += 40
     large.tick_until(lambda: large.spool.find(BATCH) not in (None, "incoming"))
 
     assert len(large.spool.load(BATCH).images) == LARGE
@@ -114,7 +115,7 @@ def test_a_drop_whose_process_dies_each_time_is_put_into_failed(bench):
         bench.tick_until(lambda at=attempt, where=directory: read_claim(where).attempts == at)
         os.kill(pid_of(bench), signal.SIGKILL)
         bench.tick_until(lambda: bench.service.reception.taking_in is None)
-        bench.now += 20
+        bench.now += 40
     bench.tick_until(lambda: bench.spool.find(BATCH) == "failed")
 
     assert "the process that read this drop ended 3 times in a row" in bench.spool.reason(BATCH).reason
@@ -147,3 +148,33 @@ def test_an_archive_of_many_files_is_unpacked_beside_the_loop(bench, tmp_path):
     bench.tick_until(lambda: bench.spool.find(BATCH) not in (None, "incoming"))
 
     assert len(bench.spool.load(BATCH).images) == 10
+
+
+def test_a_large_drop_waits_for_space_and_small_ones_do_not(mount_tmpfs, tmp_path):
+    """It is kept where it is, the status says what to do, and it is taken in once there is space."""
+    inbox = tmp_path / "inbox"
+    draw_class(inbox / "cups", 10)
+    (inbox / "cups" / "film.bin").write_bytes(os.urandom(17 << 20))
+    home = mount_tmpfs("home", 10 << 20)
+    create_home(home)
+    found_tiny(home / "serving")
+    write_pause(home, Pause(who="ann"))
+    (home / "config.toml").write_text(f'inbox.path = "{inbox}"\n')
+    elsewhere = QUICK.inbox.model_copy(update={"path": str(inbox)})
+    bench = Bench(home, QUICK.model_copy(update={"inbox": elsewhere}))
+    bench.service.start()
+    try:
+        bench.tick_until(lambda: bench.service.reception.waits)
+        assert bench.service.reception.waits.startswith("the disk is full")
+        bench.tick_until(lambda: bench.service.reception.taking_in is None)
+        draw_class(inbox / "hats", 5)
+        bench.service.reception.wake.set()
+        bench.tick_until(lambda: bench.spool.ids("queued") == ["000002-hats"])
+        assert bench.spool.find(BATCH) == "incoming"
+
+        subprocess.run(["mount", "-o", "remount,size=64m", str(home)], check=True)
+        bench.now += 40
+        bench.tick_until(lambda: bench.spool.find(BATCH) == "queued")
+        assert len(bench.spool.load(BATCH).images) == 10
+    finally:
+        bench.service.stop(lambda: True)
