@@ -66,6 +66,7 @@ class Intake:
     _scanning: Generator[None, None, Scan] | None = None
     _groups: deque[list[Item]] = field(default_factory=deque)  # ready by the last scan, and not taken yet
     _is_fresh: bool = False  # nothing was taken in since that scan
+    _claimed: set[str] = field(default_factory=set)  # names, since the last scan was brought up to date
     _taken: set[tuple[str, str]] = field(default_factory=set)  # name and fingerprint, since nothing was ready
 
     def __post_init__(self) -> None:
@@ -153,21 +154,21 @@ class Intake:
 
     def _take_ready(self, now: float, until: float, events: list[IntakeEvent]) -> None:
         """One group after the other, until there is none or the time is over."""
-        gone: set[str] = set()
         try:
             while self._find_ready(now, until, events):
                 group = self._groups.popleft()
                 if not self._is_unchanged(group):
                     continue
                 self._taken |= {(item.name, item.fingerprint) for item in group}
-                gone |= {item.name for item in group}
                 self._is_fresh = False
                 events += self._take(group, now)
                 if time.monotonic() >= until:
                     break
         finally:
-            if gone:
-                self.scan = replace(self.scan, items=tuple(i for i in self.scan.items if i.name not in gone))
+            if self._claimed:
+                rest = tuple(item for item in self.scan.items if item.name not in self._claimed)
+                self.scan = replace(self.scan, items=rest)
+                self._claimed.clear()
 
     def _find_ready(self, now: float, until: float, events: list[IntakeEvent]) -> bool:
         """See that the next group is at the head; says whether there is one now."""
@@ -239,6 +240,7 @@ class Intake:
         seq = self.ledger.next_seq(known.highest_seq)
         received_at = datetime.now(UTC).isoformat(timespec="seconds")
         claim = stake(group, self.inbox, spool=self.spool, seq=seq, received_at=received_at)
+        self._claimed |= {item.name for item in group}  # not before: else it would not be ready next time
         if self.lane is None or not self._is_large(claim.id):
             return self._try_to_finish(claim.id)
         if self.lane.is_free(now):

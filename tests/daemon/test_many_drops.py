@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from daemon import inbox, intake, ledger
+from daemon.errors import NoSpaceError
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
@@ -128,6 +129,26 @@ def test_a_new_class_folder_joins_those_that_wait(bench) -> None:
 
     gathered = [record for record in bench.spool.batches("queued") if record.kind == "folders"]
     assert [[entry.name for entry in record.classes] for record in gathered] == [["hat", "mug"]]
+
+
+def test_a_drop_that_could_not_be_claimed_keeps_its_turn(bench, monkeypatch) -> None:
+    """The disk is full for a moment: the first drop is still the first."""
+    drop_marked(bench, 2)
+    stake, calls = intake.stake, [1]
+
+    def full_at_first(*arguments: Any, **keywords: Any) -> Any:
+        if calls:
+            calls.clear()
+            raise NoSpaceError("the disk is full")
+        return stake(*arguments, **keywords)
+
+    for name in ("drop-0000", "drop-0001"):
+        (bench.inbox / name / ".ready").unlink()
+    monkeypatch.setattr(intake, "stake", full_at_first)
+    for _ in range(4):
+        bench.step(60)
+
+    assert bench.spool.ids("queued") == ["000001-drop-0000", "000002-drop-0001"]
 
 
 def test_hard_links_of_one_picture_are_copies_of_it(bench) -> None:
