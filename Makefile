@@ -44,6 +44,7 @@ bench: $(STAMP)  ## measure on the full image packs of ../shared/data
 	$(BIN)/python -m benchmarks.undo
 	$(BIN)/python -m benchmarks.unknown
 	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.inbox
 	$(BIN)/python -m benchmarks.native_inbox
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.stream

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from daemon.batch import Batch, BatchImage, read_batch
+from daemon.child import Outlet, StopFlag
 from daemon.config import Config
 from daemon.errors import WorkerError
 from daemon.examine import Examiner, load_pixels
@@ -28,7 +29,6 @@ from daemon.plan import Plan, seed_of, settle_plan, stored_plan
 from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
 from daemon.spool import Spool
 from daemon.staging import Candidate, stage_candidate
-from daemon.worker import Outlet, StopFlag
 from deploy import atomic
 from deploy.cpus import usable_cpus
 from deploy.delta import Delta, Factor, save_delta
@@ -94,7 +94,7 @@ def adapt_batch(
         if stored is None:
             plan = _with_trials(plan, clip, task, config)
         checkpoint = settle_plan(work_dir, plan)
-    with watch.stage("train"), _without_damaged(checkpoint):
+    with watch.stage("train"), _without_damaged(checkpoint), stop.looked_at():
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
         adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
     with _making_candidate(), watch.stage("fold"):

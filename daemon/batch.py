@@ -18,7 +18,6 @@ from daemon.errors import BatchError
 Split = Literal["train", "tune", "exam"]
 Kind = Literal["folders", "batch", "archive"]
 BATCH_FILE = "batch.json"
-_ID = re.compile(r"([0-9]+)-.+")
 _SLUG_LENGTH = 40
 MOST_TOLD = 20  # sentences about one batch, before it is enough to say how many more there are
 
@@ -169,8 +168,9 @@ def batch_id(seq: int, slug: str) -> str:
 
 def sequence(identifier: str) -> int | None:
     """The seq of a batch id, or None when it is not one."""
-    match = _ID.fullmatch(identifier)
-    return int(match[1]) if match else None
+    number, _, rest = identifier.partition("-")
+    is_id = number.isascii() and number.isdigit() and rest and "\n" not in rest
+    return int(number) if is_id else None
 
 
 def slug(names: Iterable[str]) -> str:

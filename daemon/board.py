@@ -131,6 +131,9 @@ def _queue(found: Mapping[str, Any], now: float) -> RenderableType:
         style = {"failed": "red", "held": "yellow"}.get(state, "") if count else "dim"
         shown = ", ".join(names[:3]) + (f" and {count - 3} more" if len(names) > 3 else "")
         grid.add_row(Text(state, style), Text(str(count), style, justify="right"), Text(shown, style))
+    if drop := found.get("taking_in"):
+        far = f" {drop['step']}/{drop['steps']}" if drop.get("steps") else ""
+        grid.add_row("", "", Text(f"taking in {drop['batch']}: {drop['phase']}{far}", "cyan"))
     if found["oldest_at"] is not None:
         waits = age(max(0.0, now - found["oldest_at"]))
         grid.add_row("", "", Text(f"the oldest drop that is not learnt waits for {waits}", "bold"))

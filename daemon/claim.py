@@ -211,9 +211,10 @@ def _leave(claim: Claim, source: Path, *, spool: Spool, fingerprint: str | None,
         return _incomplete(source)
     if fingerprint is not None:
         inbox = Path(claim.inbox)
-        still_there = {n: f for n, f in spool.left_behind().items() if os.path.lexists(inbox / n)}
-        mark = fingerprint if is_whole else f"{fingerprint} {claim.id}"
-        spool.set_left_behind({**still_there, source.name: mark})
+        with spool.changing_left_behind() as left:
+            for name in [name for name in left if not os.path.lexists(inbox / name)]:
+                del left[name]
+            left[source.name] = fingerprint if is_whole else f"{fingerprint} {claim.id}"
     return source
 
 

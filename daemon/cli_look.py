@@ -12,6 +12,8 @@ from daemon.output import Options, common_options, pass_options, percent, table
 from daemon.report import exam_rows
 from deploy.manifest import Manifest
 
+MOST_NAMED = 20  # batches of one state, before it is enough to say how many more there are
+
 
 @click.command()
 @click.option("--watch", is_flag=True, help="A page that follows what goes on, until Ctrl-C.")
@@ -170,8 +172,11 @@ def _say_status(found: Mapping[str, Any]) -> None:
         click.echo(f"resting   {found['rests']['why']}")
     if found["trouble"]:
         click.echo(f"trouble   {found['trouble']}")
+    if found["taking_in"]:
+        drop = found["taking_in"]
+        click.echo(f"taking in {drop['batch']}: {drop['phase']}{_steps(drop)}")
     for state, content in found["batches"].items():
-        names = ", ".join(content) if isinstance(content, list) else str(content)
+        names = _some(content) if isinstance(content, list) else str(content)
         if names and names != "0":
             click.echo(f"{state:<9} {names}")
     if found["oldest_at"] is not None:
@@ -180,6 +185,11 @@ def _say_status(found: Mapping[str, Any]) -> None:
         click.echo(f"oldest    has waited for {age(time.time() - found['oldest_at'])} to be learnt")
     for sentence in found["inbox"]:
         click.echo(f"inbox     {sentence}")
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _steps(working: Mapping[str, Any]) -> str:

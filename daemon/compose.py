@@ -7,11 +7,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from daemon.batch import Batch, BatchClass, BatchImage, SetAside, content_sha256, plain_name
+from daemon.batch import Batch, BatchClass, BatchImage, SetAside, content_sha256, plain_name, sequence
 from daemon.claim import Claim
-from daemon.config import Config
+from daemon.config import Config, InboxConfig
 from daemon.errors import Stopped
 from daemon.layout import ClassFolder, Layout, tell_passed_over
 from daemon.pictures import Picture, examine
@@ -40,6 +41,11 @@ class Known:
     contents: Mapping[str, str] = field(default_factory=dict)  # content sha256 → batch id, live lineage
     batch_ids: Sequence[str] = ()  # every manifest
 
+    @cached_property
+    def highest_seq(self) -> int:
+        """The highest number of a published batch."""
+        return max((sequence(name) or 0 for name in self.batch_ids), default=0)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -48,7 +54,6 @@ class Context:
     config: Config
     known: Known = field(default_factory=Known)
     history: History = field(default_factory=History)
-    should_stop: Callable[[], bool] = lambda: False  # asked between two images
 
 
 @dataclass
@@ -104,16 +109,15 @@ class _Composition:
             [folder],
         )
 
-    def examine(self, should_stop: Callable[[], bool]) -> None:
-        """Read every file. Raises Stopped when asked to."""
+    def take_over(self, found: Mapping[Path, Picture | str]) -> None:
+        """Give every class the pictures in its folders, and set aside what is none."""
         for group in self.classes.values():
             for path in (path for folder in group.folders for path in folder.files):
-                if should_stop():
-                    raise Stopped("intake was asked to stop; it goes on where it was at the next start")
-                try:
-                    group.pictures[path] = examine(path, self.config.inbox)
-                except ImageError as error:
-                    self.put_aside(path, error.reason)
+                picture = found[path]
+                if isinstance(picture, str):
+                    self.put_aside(path, picture)
+                else:
+                    group.pictures[path] = picture
 
     def drop_doubles(self) -> None:
         """Keep each image once; an image under two classes says nothing about either."""
@@ -178,14 +182,50 @@ class _Composition:
             self.put_aside(folder.path, reason)
 
 
-def compose(claim: Claim, layouts: Sequence[Layout], *, base: Path, context: Context) -> Batch:
-    """The record of the batch that these layouts make. Without classes where nothing is usable.
+def examine_all(
+    layouts: Sequence[Layout],
+    config: InboxConfig,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    told: Callable[[int, int], None] = lambda _, __: None,
+) -> dict[Path, Picture | str]:
+    """Read every file of every class folder: a usable image, or why it is none.
+
+    Args:
+        should_stop: asked between two files.
+        told: called after each file with how many are done, and of how many.
 
     Raises:
-        Stopped: `context.should_stop` said so; nothing was changed.
+        Stopped: `should_stop` said so.
+    """
+    paths = [path for layout in layouts for folder in layout.folders for path in folder.files]
+    found: dict[Path, Picture | str] = {}
+    for number, path in enumerate(paths, 1):
+        if should_stop():
+            raise Stopped("intake was asked to stop; the drop is read again at the next start")
+        try:
+            found[path] = examine(path, config)
+        except ImageError as error:
+            found[path] = error.reason
+        told(number, len(paths))
+    return found
+
+
+def compose(
+    claim: Claim,
+    layouts: Sequence[Layout],
+    *,
+    base: Path,
+    context: Context,
+    found: Mapping[Path, Picture | str] | None = None,
+) -> Batch:
+    """The record of the batch that these layouts make. Without classes where nothing is usable.
+
+    Args:
+        found: what `examine_all` said of their files, where they were read before.
     """
     work = _Composition(layouts, base, context.config, context.known)
-    work.examine(context.should_stop)
+    work.take_over(examine_all(layouts, context.config.inbox) if found is None else found)
     work.drop_doubles()
     work.drop_small_classes()
     splits = work.split(context.history)
@@ -249,11 +289,13 @@ def display_name(name: str) -> str:
 def _folder_names(keys: Mapping[str, object]) -> dict[str, str]:
     """A folder for each class that is safe in any path and unique in the batch."""
     names: dict[str, str] = {}
+    taken: set[str] = set()
     for key in keys:
         plain = plain_name(key)[:40].rstrip("-") or "class"
         count = 1
-        while (name := plain if count == 1 else f"{plain}-{count}") in names.values():
+        while (name := plain if count == 1 else f"{plain}-{count}") in taken:
             count += 1
+        taken.add(name)
         names[key] = name
     return names
 

@@ -6,7 +6,9 @@ the record is changed to what is left; the others are learnt.
 
 import errno
 import os
-from collections.abc import Collection
+import stat
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,23 +16,47 @@ from daemon.batch import BATCH_FILE, Batch, BatchImage, SetAside, content_sha256
 from daemon.compose import too_few
 from deploy import atomic, disk
 
+_MANY = 256  # files
+_FLUSHES_AT_ONCE = 16
 _GONE = "it disappeared after it was checked and before it could be moved; send it again"
 
 
-def flush(directory: Path) -> None:
-    """Bring everything below `directory` to the disk, but for what may not be opened or left meanwhile."""
-    for folder, _, names in os.walk(directory, topdown=False):
-        for file in (Path(folder, name) for name in names):
-            if not file.is_symlink() and file.is_file():
-                with suppress(PermissionError, FileNotFoundError):
-                    atomic.fsync_file(file)
-        _flush_folder(Path(folder))
+def flush(directory: Path, told: Callable[[int, int], None] = lambda _, __: None) -> None:
+    """Bring everything below `directory` to the disk, but for what may not be opened or left meanwhile.
+
+    Args:
+        told: called now and then with how many files are done, and of how many.
+    """
+    tree = [(Path(folder), names) for folder, _, names in os.walk(directory, topdown=False)]
+    count, done = sum(len(names) for _, names in tree), 0
+    # A disk takes many flushes at once as fast as one; for a few files threads would only be in the way.
+    with ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
+        for folder, names in tree:
+            files = [folder / name for name in names]
+            for number, _ in enumerate(
+                map(_flush_file, files) if count < _MANY else pool.map(_flush_file, files)
+            ):
+                if (done + number) % _MANY == 0:
+                    told(done + number, count)
+            done += len(files)
+            _flush_folder(folder)
 
 
-def move_images(record: Batch, directory: Path, *, min_images: int) -> Batch:
+def _flush_file(file: Path) -> None:
+    if not file.is_symlink() and file.is_file():
+        with suppress(PermissionError, FileNotFoundError):
+            atomic.fsync_file(file)
+
+
+def move_images(
+    record: Batch, directory: Path, *, min_images: int, told: Callable[[int, int], None] = lambda _, __: None
+) -> Batch:
     """Move every image to its place; returns the record, rewritten on disk where images were gone.
 
     Harmless to repeat. The files themselves must have been flushed; their new names are when this returns.
+
+    Args:
+        told: called now and then with how many images are moved, and of how many.
 
     Raises:
         OSError: the spool failed.
@@ -40,8 +66,10 @@ def move_images(record: Batch, directory: Path, *, min_images: int) -> Batch:
         for folder in {Path(image.file).parent for image in record.images}:
             atomic.make_dir(directory / folder)
         try:
-            for image in record.images:
+            for number, image in enumerate(record.images):
                 _move_or_copy(directory / image.origin, directory / image.file)
+                if number % _MANY == 0:
+                    told(number, len(record.images))
         except FileNotFoundError:
             if not _gone(record, directory):
                 raise
@@ -66,10 +94,12 @@ def _leave_out_gone(record: Batch, directory: Path, min_images: int) -> Batch:
 
 
 def _gone(record: Batch, directory: Path) -> list[BatchImage]:
+    base = str(directory)
     return [
         image
         for image in record.images
-        if not (directory / image.file).exists() and not _is_file(directory / image.origin)
+        if not os.path.exists(f"{base}/{image.file}")  # noqa: PTH110 - 100,000 Path objects take longer
+        and not _is_file(f"{base}/{image.origin}")
     ]
 
 
@@ -79,8 +109,11 @@ def without(record: Batch, gone: Collection[BatchImage], *, min_images: int) -> 
     aside = [SetAside(file=image.origin, reason=_GONE) for image in gone]
     images: list[BatchImage] = []
     classes = []
+    by_class: dict[str, list[BatchImage]] = {}
+    for image in record.images:
+        by_class.setdefault(image.class_key, []).append(image)
     for entry in record.classes:
-        of_class = [image for image in record.images if image.class_key == entry.key]
+        of_class = by_class.get(entry.key, [])
         left = [image for image in of_class if image.file not in lost]
         if len(left) >= min_images and any(image.split == "train" for image in left):
             classes.append(entry)
@@ -100,8 +133,11 @@ def without(record: Batch, gone: Collection[BatchImage], *, min_images: int) -> 
     return record.model_copy(update=changes)
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _flush_folder(folder: Path) -> None:

@@ -62,8 +62,12 @@ class EventLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All events, rotated files first; lines that are not JSON objects are skipped."""
-        rotated = earlier_events(self._path.parent)
-        return [entry for path in [*rotated, self._path] for entry in _entries(path)]
+        return list(self.each())
+
+    def each(self) -> Iterator[dict[str, Any]]:
+        """As `read`, one at a time."""
+        for path in [*earlier_events(self._path.parent), self._path]:
+            yield from _entries(path)
 
     def tail(self, max_bytes: int = 1 << 18) -> list[dict[str, Any]]:
         """The last events, oldest first, from no more than so much of the end of the log."""
@@ -106,7 +110,8 @@ def rotated_at(path: Path) -> float:
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        yield from _parsed(path.read_bytes().splitlines())
+        with path.open("rb") as file:
+            yield from _parsed(file)
     except FileNotFoundError:
         return
 

@@ -79,7 +79,7 @@ def finish_forgetting(home: Path, inbox: Path) -> list[str]:
     """End what a crash cut short; returns the batches concerned."""
     spool = Spool(home)
     ended = []
-    for batch in [batch for batch in spool.batches(*STATES[1:]) if batch.forgotten is not None]:
+    for batch in list(spool.forgotten(*STATES[1:])):
         _leave_out_names(spool, batch.id, batch.forgotten)
         if _erase(home, inbox, batch)[0].total():
             ended.append(batch.id)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from daemon.child import Outlet
 from daemon.examine import Examiner, Grades
 from daemon.report import ExamResult, metrics_of
-from daemon.worker import Outlet
 from deploy.manifest import FileRecord, Manifest, save_manifest
 from deploy.runtime import LoadedVersion
 from deploy.store import VersionStore

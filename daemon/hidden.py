@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from deploy import atomic
 
 _SUBMITTING = re.compile(re.escape(atomic.TEMPORARY_PREFIX) + "[0-9a-f]{8}")  # the name submit copies under
 _SUBMIT_SECONDS = 900.0  # a large submission is flushed to the disk for minutes, and nothing in it changes
+_ENTRIES_PER_STEP = 256  # a few milliseconds
 _LEVELS = 3  # a drop has its files in the first three
 # File servers, desktops and other programs keep these: nobody hid a drop there.
 _JUNK = {
@@ -39,11 +40,13 @@ def is_hidden_junk(name: str) -> bool:
     return name.casefold() in _JUNK or name.startswith(".Trash-")
 
 
-def look_at(path: Path, now: float, before: Sequence[Hidden]) -> Hidden:
-    """What it looks like now; quiet times are carried on from the look before."""
+def looking_at(path: Path, now: float, before: Sequence[Hidden]) -> Generator[None, None, Hidden]:
+    """What it looks like now, a few entries at a time; quiet times are carried on from the look before."""
     digest = hashlib.sha256()
-    for found in _glance(path, _LEVELS):
+    for number, found in enumerate(_glance(path, _LEVELS), 1):
         digest.update(repr((found.st_ino, found.st_size, found.st_mtime_ns)).encode())
+        if number % _ENTRIES_PER_STEP == 0:
+            yield
     fingerprint = digest.hexdigest()
     same = (old.quiet_since for old in before if old.path == path and old.fingerprint == fingerprint)
     return Hidden(path, fingerprint, next(same, now))

@@ -1,34 +1,31 @@
 """Look at the inbox and decide what has arrived completely. Reads only; moving is claim.py's part.
 
-The scan is the truth, events only hasten it. An item is ready when `dynlora submit` renamed it in, when its
-folder holds a .ready file, or when nothing in it has changed between two scans and for settle_seconds. Class
-folders in the inbox root are gathered into one batch once all of them have been quiet for gather_seconds.
+The scan is the truth, events only hasten it; it is made in steps, for an inbox may be large. An item is ready
+when `dynlora submit` renamed it in, when its folder holds a .ready file, or when nothing in it has changed
+between two scans and for settle_seconds. Class folders in the inbox root are gathered into one batch once all
+of them have been quiet for gather_seconds.
 """
 
-import hashlib
 import os
 import shlex
-import stat
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from daemon.config import InboxConfig
 from daemon.errors import InboxError
-from daemon.hidden import Hidden, is_hidden_junk, look_at, why_told
+from daemon.hidden import Hidden, is_hidden_junk, looking_at, why_told
 from daemon.layout import (
-    MAX_LEVELS,
     READY_FILE,
     SUBMITTED_FILE,
     is_junk,
     is_text,
-    kind_of,
     list_entries,
     passed_over,
     tell_passed_over,
-    too_deep,
 )
+from daemon.survey import survey, surveying
 
 Kind = Literal["folders", "batch", "archive", "empty"]
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -49,6 +46,7 @@ class Item:
     quiet_since: float  # when this fingerprint was first seen, by the caller's clock
     arrived_ns: int  # when it was put under this name, by the file system's clock
     why_empty: str = ""  # of an empty one that is not: what is in it and cannot be used
+    entries: int = 1  # files and folders in it
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,14 @@ class Scan:
     items: tuple[Item, ...] = ()
     problems: tuple[Problem, ...] = ()
     hidden: tuple[Hidden, ...] = ()
+    _by_name: dict[str, Item] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {item.name: item for item in self.items})
 
     def find(self, name: str) -> Item | None:
         """The item of that name."""
-        return next((item for item in self.items if item.name == name), None)
+        return self._by_name.get(name)
 
 
 def is_archive(name: str) -> bool:
@@ -92,7 +94,25 @@ def scan_inbox(
     left_behind: Mapping[str, str] | None = None,
     unfinished: Collection[str] = (),
 ) -> Scan:
-    """Look at everything in `inbox`.
+    """Look at everything in `inbox` at once; see `scanning`."""
+    steps = scanning(inbox, now, previous=previous, left_behind=left_behind, unfinished=unfinished)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            scan: Scan = ended.value
+            return scan
+
+
+def scanning(
+    inbox: Path,
+    now: float,
+    *,
+    previous: Scan | None = None,
+    left_behind: Mapping[str, str] | None = None,
+    unfinished: Collection[str] = (),
+) -> Generator[None, None, Scan]:
+    """Look at everything in `inbox`, a few milliseconds at a time; returns what was found.
 
     Args:
         now: the caller's clock, in seconds; only differences matter.
@@ -115,32 +135,36 @@ def scan_inbox(
             problems.append(Problem(name, _claimed(Path(entry.path))))
         elif name.startswith("."):
             if entry.is_dir(follow_symlinks=False) and not is_hidden_junk(name):
-                hidden.append(look_at(Path(entry.path), now, previous.hidden if previous else ()))
+                before = previous.hidden if previous else ()
+                hidden.append((yield from looking_at(Path(entry.path), now, before)))
         elif is_junk(name):
             continue
         else:
-            found = _look_at(entry, now, previous, left=(left_behind or {}).get(name, ""))
+            found = yield from _look_at(entry, now, previous, left=(left_behind or {}).get(name, ""))
             if isinstance(found, Item):
                 items.append(found)
             elif found is not None:
                 problems.append(Problem(name, found))
+            yield
     return Scan(tuple(items), tuple(problems), tuple(hidden))
 
 
-def _look_at(entry: os.DirEntry[str], now: float, previous: Scan | None, *, left: str) -> Item | str | None:
+def _look_at(
+    entry: os.DirEntry[str], now: float, previous: Scan | None, *, left: str
+) -> Generator[None, None, Item | str | None]:
     """An item, or a sentence where it can be none; nothing where it left while we looked."""
     name = entry.name
     try:
         if (sentence := _why_left(entry)) is not None:
             return sentence
-        item = _item(entry, now, previous)
+        item = yield from _item(entry, now, previous)
     except FileNotFoundError:
         return None
     except PermissionError as error:
         return f"{name} cannot be read ({error.filename}: permission denied); correct its rights"
     except InboxError as error:
         return str(error)
-    except (OSError, RecursionError) as error:
+    except OSError as error:
         return f"{name} cannot be read ({error}); correct that or remove it"
     fingerprint, _, batch = left.partition(" ")
     if fingerprint != item.fingerprint:
@@ -233,30 +257,36 @@ def _claimed(path: Path) -> str:
     return _partly_copied(path, batch)
 
 
-def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Item:
+def _item(entry: os.DirEntry[str], now: float, previous: Scan | None) -> Generator[None, None, Item]:
     path = Path(entry.path)
     arrived_ns = path.lstat().st_ctime_ns
-    fingerprint = tree_fingerprint(path)
-    mark: Literal["submitted", "ready"] | None = None
-    content = path
-    if (path / SUBMITTED_FILE).is_file() and not (path / SUBMITTED_FILE).is_symlink():
-        mark, content = "submitted", submitted_content(path)
-    elif (path / READY_FILE).exists():
-        mark = "ready"
+    found = yield from surveying(path)
     before = previous.find(entry.name) if previous else None
-    same = before is not None and before.fingerprint == fingerprint
-    kind: Kind = kind_of(content) if content.is_dir() else "archive"
+    if before is not None and before.fingerprint == found.fingerprint:
+        return replace(before, quiet_since=min(before.quiet_since, now), arrived_ns=arrived_ns)
+    content, mark = _content(path)
+    kind: Kind = "archive"
+    if content.is_dir():
+        kind = found.kind(None if content == path else content.name)
     unusable = passed_over(content) if kind == "empty" else []
     return Item(
         name=entry.name,
         title=archive_stem(content.name),
         kind=kind,
         mark=mark,
-        fingerprint=fingerprint,
-        quiet_since=min(before.quiet_since, now) if before is not None and same else now,
+        fingerprint=found.fingerprint,
+        quiet_since=now,
         arrived_ns=arrived_ns,
         why_empty=tell_passed_over(unusable) if unusable else "",
+        entries=found.entries,
     )
+
+
+def _content(path: Path) -> tuple[Path, Literal["submitted", "ready"] | None]:
+    """What is to be learnt from, which is within `path` where it was submitted, and how it is marked."""
+    if (path / SUBMITTED_FILE).is_file() and not (path / SUBMITTED_FILE).is_symlink():
+        return submitted_content(path), "submitted"
+    return path, "ready" if (path / READY_FILE).exists() else None
 
 
 def submitted_content(wrapper: Path) -> Path:
@@ -266,25 +296,5 @@ def submitted_content(wrapper: Path) -> Path:
 
 
 def tree_fingerprint(path: Path) -> str:
-    """Changes with any name, size or time in the tree; links are not followed.
-
-    Raises:
-        OSError: a part of it cannot be listed, or left meanwhile.
-        InboxError: its folders are nested too deeply.
-    """
-    digest = hashlib.sha256()
-    for relative, found in _walk(path, ""):
-        # A directory's times change when the tree is renamed, which changes nothing in it.
-        times = () if stat.S_ISDIR(found.st_mode) else (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        digest.update(repr((relative, found.st_mode, *times)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _walk(path: Path, relative: str) -> Iterable[tuple[str, os.stat_result]]:
-    found = path.lstat()
-    yield relative, found
-    if stat.S_ISDIR(found.st_mode):
-        if relative.count("/") > MAX_LEVELS:
-            raise InboxError(too_deep(Path(*path.parts[: -relative.count("/")]).name))
-        for inner in sorted(path.iterdir()):
-            yield from _walk(inner, f"{relative}/{inner.name}")
+    """Changes with any name, size or time in the tree; links are not followed. Raises as `surveying`."""
+    return survey(path).fingerprint

@@ -1,62 +1,82 @@
 """From the inbox to queued/: one iteration per call, the clock given, nothing lost on the way.
 
-    scan → ready → claim → unpack → compose → batch.json → images/ → queued (or done, or failed)
+    scan → ready → claim → taken in (taking.py): here if small, else in a process of its own (lane.py)
 
-Up to batch.json the work is done again after a crash; from there on it is carried out. Only intake writes in
+One call does no more than a part of a second's work, however much lies in the inbox. Only intake writes in
 incoming/. Knows nothing of learning; what is live it is told.
 """
 
-import logging
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections import deque
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from daemon import logs
-from daemon.batch import BATCH_FILE, Batch, read_batch, the_first, why_not_after_held
-from daemon.claim import LATER, Claim, gather, read_claim, space_for, stake, unfinished, write_claim
-from daemon.compose import Context, Known, KnownClass, compose
+from daemon.claim import read_claim, stake, unfinished
+from daemon.compose import Known
 from daemon.config import Config
-from daemon.delivery import flush, move_images
-from daemon.errors import DaemonError, InboxError, NoSpaceError, Stopped
-from daemon.inbox import Item, Problem, Scan, empty_folders, hidden_folders, ready_items, scan_inbox
-from daemon.source import read_source
-from daemon.spool import Reason, Spool
-from deploy import atomic
+from daemon.errors import InboxError, NoSpaceError, Stopped
+from daemon.inbox import (
+    CLAIMED_PREFIX,
+    Item,
+    Problem,
+    Scan,
+    empty_folders,
+    hidden_folders,
+    ready_items,
+    scanning,
+)
+from daemon.lane import Lane
+from daemon.ledger import Ledger
+from daemon.spool import Spool
+from daemon.survey import is_larger, survey
+from daemon.taking import IntakeEvent, Taker
 
-MAX_CRASHES = 3  # one says nothing about the drop: the daemon may have been killed
-_AGAIN = "correct that and drop it again; what was sent is kept with the batch"
-
-
-@dataclass(frozen=True)
-class IntakeEvent:
-    """Something that happened, for the log: `message` is the sentence for people."""
-
-    # batch_queued | batch_duplicate | batch_failed, then batch_set_aside and batch_note for what else there
-    # is to tell of that batch; intake_waits | inbox_problem
-    event: str
-    message: str
-    batch: str | None = None
+LARGE_ENTRIES = 100  # files and folders; and bytes: what takes no more than a second or two to read and flush
+LARGE_BYTES = 16 << 20
+HERE_SECONDS = 5.0  # what takes longer to read than that, small as it is, goes on in a process of its own
 
 
 @dataclass
 class Intake:
-    """The intake of one home."""
+    """The intake of one home.
+
+    Attributes:
+        should_stop: asked between two images.
+        lane: where large drops are taken in; None: here, like all others.
+        round_seconds: about how long one step may take.
+        waits: why nothing is taken in now, such as a full disk.
+    """
 
     config: Config
     inbox: Path
     spool: Spool
     known: Callable[[], Known] = Known
-    should_stop: Callable[[], bool] = lambda: False  # asked between two images
+    should_stop: Callable[[], bool] = lambda: False
+    lane: Lane | None = None
+    round_seconds: float = float("inf")
     scan: Scan = field(default_factory=Scan)
     problems: tuple[Problem, ...] = ()
-    waits: str | None = None  # why nothing is taken in now, such as a full disk
+    waits: str | None = None
+    ledger: Ledger = field(init=False)
     _untold: list[IntakeEvent] = field(default_factory=list)
-    _counted: set[str] = field(default_factory=set)  # claims whose attempt counter this process raised
+    _counted: set[str] = field(default_factory=set)
+    _large: dict[str, bool] = field(default_factory=dict)  # of claims that were looked at
+    _scanning: Generator[None, None, Scan] | None = None
+    _groups: deque[list[Item]] = field(default_factory=deque)  # ready by the last scan, and not taken yet
+    _is_fresh: bool = False  # nothing was taken in since that scan
+    _claimed: set[str] = field(default_factory=set)  # names, since the last scan was brought up to date
+    _taken: set[tuple[str, str]] = field(default_factory=set)  # name and fingerprint, since nothing was ready
 
-    def step(self, now: float) -> list[IntakeEvent]:
-        """Finish what was begun, then take in what is ready.
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.spool)
+
+    def step(self, now: float, *, is_due: bool = True) -> list[IntakeEvent]:
+        """Finish what was begun, then take in what is ready; call again at once while `is_busy`.
+
+        Args:
+            is_due: look at the inbox again, if that is not under way; and try again what had to wait.
 
         Raises:
             InboxError: the inbox cannot be read; says what to do.
@@ -64,44 +84,47 @@ class Intake:
         """
         events = self._untold  # kept where an error comes between: what happened is told at the next step
         told, self.waits = self.waits, None
+        until = time.monotonic() + self.round_seconds
         try:
-            for batch in self.spool.ids("incoming"):
-                events += self._try_to_finish(batch)
-            self._take_ready(now, events)
-        except NoSpaceError as error:
+            self._go_on(now, events, is_due=is_due)
+            is_deciding = self.lane is not None and self.lane.is_deciding
+            if (is_due or self.is_busy) and not is_deciding:
+                self._take_ready(now, until, events)
+        except (NoSpaceError, Stopped) as error:
             self.waits = str(error)
-        except Stopped as error:
-            self.waits = told = str(error)
+            told = self.waits if isinstance(error, Stopped) else told
+            self._groups.clear()  # to be found again by the next look
+            self._taken.clear()
         if self.waits not in {None, told}:
             events.append(IntakeEvent("intake_waits", str(self.waits)))
         self._untold = []
         return events
 
-    def _take_ready(self, now: float, events: list[IntakeEvent]) -> None:
-        """One group after the other, each by a fresh look: taking one in may take long."""
-        previous, self.scan = self.scan, self._look(now)
-        events += self._tell(now)
-        taken: set[tuple[str, str]] = set()
-        while groups := [
-            group
-            for group in ready_items(previous, self.scan, now, self.config.inbox)
-            if taken.isdisjoint((item.name, item.fingerprint) for item in group)
-        ]:
-            taken |= {(item.name, item.fingerprint) for item in groups[0]}
-            events += self._take(groups[0])
-            previous, self.scan = self.scan, self._look(now)
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is more to do at once."""
+        return self._scanning is not None or bool(self._groups or self._taken)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is half taken in or still settling: `run --once` may end."""
         arriving = any(item.kind != "empty" for item in self.scan.items)
-        return not (arriving or self.waits or self.spool.ids("incoming"))
+        return not (arriving or self.is_busy or self.waits or self.spool.ids("incoming"))
+
+    def stop(self, should_force: Callable[[], bool] = lambda: False) -> None:
+        """End the process that takes in a large drop, if there is one; the drop is read again later."""
+        if self.lane is not None:
+            self.lane.stop(should_force)
 
     def seconds_to_next_scan(self, now: float) -> float:
         """How long nothing can become ready unless an event says otherwise."""
         inbox = self.config.inbox
         loose = [item for item in self.scan.items if item.kind in {"folders", "empty"}]
-        moments = [item.quiet_since + inbox.settle_seconds for item in self.scan.items if item not in loose]
+        moments = [
+            item.quiet_since + inbox.settle_seconds
+            for item in self.scan.items
+            if item.kind not in {"folders", "empty"}
+        ]
         if loose:
             gathered = max(item.quiet_since for item in loose) + max(
                 inbox.gather_seconds, inbox.settle_seconds
@@ -112,19 +135,95 @@ class Intake:
             return inbox.scan_seconds
         return min(max(min(moments) - now, 0.05), inbox.scan_seconds)
 
-    def _look(self, now: float) -> Scan:
+    def _go_on(self, now: float, events: list[IntakeEvent], *, is_due: bool) -> None:
+        """With what is claimed already: a large drop at a time in the lane, the small ones here."""
+        lane = self.lane
+        if lane is not None:
+            events += lane.observe(now)
+            self.waits = lane.waits
+            if lane.is_deciding:
+                return
+        claimed = self.spool.ids("incoming")
+        self._large = {batch: self._large[batch] for batch in claimed if batch in self._large}
+        for batch in claimed:
+            if lane is not None and self._is_large(batch):
+                if lane.is_free(now):
+                    lane.start(batch, now)
+            elif is_due:
+                events += self._try_to_finish(batch)
+
+    def _take_ready(self, now: float, until: float, events: list[IntakeEvent]) -> None:
+        """One group after the other, until there is none or the time is over."""
         try:
-            return scan_inbox(
-                self.inbox,
-                now,
-                previous=self.scan,
-                left_behind=self.spool.left_behind(),
-                unfinished=unfinished(self.spool),
-            )
+            while self._find_ready(now, until, events):
+                group = self._groups.popleft()
+                if not self._is_unchanged(group):
+                    continue
+                self._taken |= {(item.name, item.fingerprint) for item in group}
+                self._is_fresh = False
+                events += self._take(group, now)
+                if time.monotonic() >= until:
+                    break
+        finally:
+            if self._claimed:
+                rest = tuple(item for item in self.scan.items if item.name not in self._claimed)
+                self.scan = replace(self.scan, items=rest)
+                self._claimed.clear()
+
+    def _find_ready(self, now: float, until: float, events: list[IntakeEvent]) -> bool:
+        """See that the next group is at the head; says whether there is one now."""
+        if self._groups and not self._is_fresh and _must_be_fresh(self._groups[0]):
+            self._groups.clear()
+        if self._groups:
+            return True
+        found = self._look(now, until)
+        if found is None:
+            return False
+        previous, self.scan = self.scan, found
+        if not self._taken:
+            events += self._tell(now)
+        self._is_fresh = True
+        self._groups.extend(
+            group
+            for group in ready_items(previous, self.scan, now, self.config.inbox)
+            if self._taken.isdisjoint((item.name, item.fingerprint) for item in group)
+        )
+        if not self._groups:
+            self._taken.clear()
+        return bool(self._groups)
+
+    def _is_unchanged(self, group: list[Item]) -> bool:
+        """Whether it is still what the scan saw: taking in the groups before it may have taken long."""
+        if self._is_fresh:
+            return True
+        try:
+            return all(survey(self.inbox / item.name).fingerprint == item.fingerprint for item in group)
+        except (OSError, InboxError):
+            return False
+
+    def _look(self, now: float, until: float) -> Scan | None:
+        """The inbox as it is now; None where the time did not suffice, and the next call goes on."""
+        try:
+            if self._scanning is None:
+                # In this order: what was taken out of sight by the first is in the second.
+                half_taken = unfinished(self.spool)
+                left = self.spool.left_behind()
+                self._scanning = scanning(
+                    self.inbox, now, previous=self.scan, left_behind=left, unfinished=half_taken
+                )
+            next(self._scanning)
+            while time.monotonic() < until:
+                next(self._scanning)
+        except StopIteration as ended:
+            self._scanning = None
+            found: Scan = ended.value
+            return found
         except OSError as error:
+            self._scanning = None
             raise InboxError(
                 f"the inbox {self.inbox} cannot be read ({error.strerror}); create it or correct its rights"
             ) from error
+        return None
 
     def _tell(self, now: float) -> list[IntakeEvent]:
         """Each problem once, as long as it stays the same."""
@@ -134,148 +233,64 @@ class Intake:
         self.problems = (*self.scan.problems, *empty, *hidden)
         return [IntakeEvent("inbox_problem", p.sentence) for p in self.problems if p not in told]
 
-    def _take(self, group: list[Item]) -> list[IntakeEvent]:
-        """Claim a group and finish it."""
-        seq = self.spool.next_seq(self.known().batch_ids)
+    def _take(self, group: list[Item], now: float) -> list[IntakeEvent]:
+        """Claim a group, and finish it or have it finished."""
+        known = self.known()
+        self.ledger.look()
+        seq = self.ledger.next_seq(known.highest_seq)
         received_at = datetime.now(UTC).isoformat(timespec="seconds")
         claim = stake(group, self.inbox, spool=self.spool, seq=seq, received_at=received_at)
-        rest = tuple(item for item in self.scan.items if item not in group)
-        self.scan = replace(self.scan, items=rest)
-        return self._try_to_finish(claim.id)
+        self._claimed |= {item.name for item in group}  # not before: else it would not be ready next time
+        if self.lane is None or not self._is_large(claim.id):
+            return self._try_to_finish(claim.id)
+        if self.lane.is_free(now):
+            self.lane.start(claim.id, now)
+        return []
+
+    def _is_large(self, batch: str) -> bool:
+        """Whether a claimed drop takes too long to be taken in between two rounds of the daemon's loop."""
+        if batch not in self._large:
+            directory = self.spool.state_dir("incoming") / batch
+            places = [directory]
+            try:
+                claim = read_claim(directory)
+            except InboxError:
+                return False  # which is told at once
+            places += [Path(claim.inbox) / name for name in claim.items]
+            places += Path(claim.inbox).glob(f"{CLAIMED_PREFIX}{claim.id}*")
+            self._large[batch] = is_larger(places, entries=LARGE_ENTRIES, size_bytes=LARGE_BYTES)
+        return self._large[batch]
 
     def _try_to_finish(self, batch: str) -> list[IntakeEvent]:
-        """As _finish; a batch too large for the disk waits without holding up the others."""
+        """Take a small drop in; one too large for the disk waits without holding up the others."""
+        late_at = time.monotonic() + (float("inf") if self.lane is None else HERE_SECONDS)
+
+        def should_stop() -> bool:
+            return time.monotonic() > late_at or self.should_stop()
+
+        taker = Taker(
+            self.config,
+            self.spool,
+            self.ledger,
+            known=self.known,
+            should_stop=should_stop,
+            counted=self._counted,
+        )
         try:
-            return self._finish(batch)
+            return taker.finish(batch)
         except NoSpaceError as error:
             self.waits = str(error)
             return []
+        except Stopped:
+            if time.monotonic() <= late_at:
+                raise
+            self._large[batch] = True
+            return []
 
-    def _finish(self, batch: str) -> list[IntakeEvent]:
-        """Bring a claimed batch out of incoming/."""
-        directory = self.spool.state_dir("incoming") / batch
-        is_composed = (directory / BATCH_FILE).exists()
-        # Out here, because a fault of the home is none of the drop: the claim stays until that is mended.
-        context = Context(self.config) if is_composed else self._context(batch)
-        try:
-            for leftover in directory.glob(f"{atomic.TEMPORARY_PREFIX}*"):
-                atomic.remove_tree(leftover)  # a copy or an unpacking that was cut short
-            claim = gather(read_claim(directory), self.spool)
-            with space_for(f"{batch} is kept in {directory} {LATER}"):
-                if not is_composed:
-                    self._compose_once(claim, directory, context)
-                return self._deliver(read_batch(directory), directory)
-        except (NoSpaceError, Stopped):
-            raise
-        except (DaemonError, OSError) as error:
-            return [self._fail(batch, directory, str(error), [])]
-        except Exception as error:  # noqa: BLE001 - one bad drop must not keep the others from being learnt
-            logs.log("intake failed", level=logging.ERROR, exc_info=True, batch=batch)
-            what = f"it could not be read ({type(error).__name__}: {error})"
-            return [self._fail(batch, directory, what, [])]
 
-    def _context(self, batch: str) -> Context:
-        history = self.spool.history(without=batch)
-        return Context(self.config, self._known_and_coming(), history, self.should_stop)
-
-    def _compose_once(self, claim: Claim, directory: Path, context: Context) -> None:
-        """As _compose; a drop that ends the process each time it is read is not read for ever."""
-        is_counted = claim.id in self._counted
-        before = claim.attempts - is_counted
-        if before >= MAX_CRASHES:
-            raise InboxError(
-                f"the daemon ended {before} times in a row while it read this drop, "
-                "which one of its files may have caused; find that file and leave it out"
-            )
-        if not is_counted:
-            write_claim(claim.model_copy(update={"attempts": before + 1}), directory)
-            self._counted.add(claim.id)
-        try:
-            self._compose(claim, directory, context)
-        except BaseException:
-            with suppress(OSError):  # a full disk: this process at least will not count it twice
-                write_claim(claim.model_copy(update={"attempts": before}), directory)
-                self._counted.discard(claim.id)
-            raise
-
-    def _compose(self, claim: Claim, directory: Path, context: Context) -> None:
-        layouts = read_source(claim, directory, config=self.config.inbox)
-        record = compose(claim, layouts, base=directory, context=context)
-        record = record.model_copy(update={"duplicate_of": self._duplicate_of(record, context.known)})
-        flush(directory)  # first: what the record names must be there after a power cut
-        atomic.write_file(directory / BATCH_FILE, record.to_json().encode())
-
-    def _known_and_coming(self) -> Known:
-        """What is live, and the classes of batches on their way: their spelling came first."""
-        known = self.known()
-        coming = {
-            entry.key: KnownClass(entry.name, entry.template)
-            for batch in reversed(list(self.spool.batches("queued", "work")))
-            for entry in batch.classes
-        }
-        return Known({**coming, **known.classes}, known.producer_ids, known.contents, known.batch_ids)
-
-    def _duplicate_of(self, record: Batch, known: Known) -> str | None:
-        """The batch that brought the same: by the producer's id ever, by content while it counts."""
-        if record.producer_id is not None and record.producer_id in known.producer_ids:
-            return known.producer_ids[record.producer_id]
-        for other in self.spool.batches("work", "queued", "held", "done"):
-            if other.id == record.id:
-                continue
-            if record.producer_id is not None and other.producer_id == record.producer_id:
-                return other.duplicate_of or other.id
-            is_open = self.spool.find(other.id) in {"work", "queued"}  # what was held may be tried again
-            if is_open and record.images and other.content_sha256 == record.content_sha256:
-                return other.duplicate_of or other.id
-        return known.contents.get(record.content_sha256) if record.images else None
-
-    def _deliver(self, record: Batch, directory: Path) -> list[IntakeEvent]:
-        """Carry out batch.json: move the images, then the batch."""
-        record = move_images(record, directory, min_images=self.config.inbox.min_images_per_class)
-        aside = [item.sentence for item in record.set_aside]
-        if not record.classes:
-            causes = aside or record.warnings
-            reason = causes[0] if len(causes) == 1 else "no class in it has enough usable images"
-            failed = self._fail(record.id, directory, reason, [*aside, *record.warnings])
-            return [failed, *self._notes(record)] if len(causes) > 1 else [failed]
-        self.spool.move(record.id, "done" if record.duplicate_of else "queued")
-        if record.duplicate_of:
-            message = f"{record.id} brings the same as {record.duplicate_of} did and is not learnt again"
-            if self.spool.find(record.duplicate_of) == "held":
-                why = why_not_after_held(record.producer_id, record.duplicate_of)
-                message = f"{record.id} was not learnt: {why}"
-            return [IntakeEvent("batch_duplicate", message, record.id)]
-        names = ", ".join(entry.name for entry in record.classes)
-        message = f"{record.id} is queued: {len(record.images)} images of {names}"
-        if aside:
-            message += f"; {len(aside)} set aside, named in {self._record_path(record.id)}"
-        return [IntakeEvent("batch_queued", message, record.id), *self._notes(record)]
-
-    def _record_path(self, batch: str) -> Path:
-        """Where to read it, for people: a shell finds it in whatever state the batch is by then."""
-        return self.spool.root / "*" / batch / BATCH_FILE
-
-    def _notes(self, record: Batch) -> list[IntakeEvent]:
-        """What was set aside and what else the sender should know, one event each."""
-        found = {
-            "batch_set_aside": [item.sentence for item in record.set_aside],
-            "batch_note": record.warnings,
-        }
-        return [
-            IntakeEvent(event, sentence, record.id)
-            for event, sentences in found.items()
-            for sentence in the_first(sentences, self._record_path(record.id))
-        ]
-
-    def _fail(self, batch: str, directory: Path, reason: str, details: list[str]) -> IntakeEvent:
-        with space_for(f"{batch} is kept in {directory} {LATER}"):
-            path = self.spool.fail(
-                Reason(
-                    batch=batch,
-                    reason=reason.encode("utf-8", "backslashreplace").decode(),
-                    what_to_do=_AGAIN,
-                    failed_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                    details=details,
-                )
-            )
-        return IntakeEvent("batch_failed", f"{batch} was not taken in: {reason}. It is kept in {path}", batch)
+def _must_be_fresh(group: list[Item]) -> bool:
+    """Whether a group is only taken right after a scan: class folders are gathered once all are quiet, and it
+    takes a scan to see whether a large folder has changed.
+    """
+    is_gathered = any(item.mark is None and item.kind == "folders" for item in group)
+    return is_gathered or sum(item.entries for item in group) > LARGE_ENTRIES

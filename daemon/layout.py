@@ -103,6 +103,16 @@ def is_text(name: str) -> bool:
     return True
 
 
+def is_usable_name(name: str) -> bool:
+    """Whether an entry of that name is looked at: valid text, not hidden, nobody's leftover."""
+    return is_text(name) and not name.startswith(".") and not is_junk(name)
+
+
+def is_own_file(name: str) -> bool:
+    """Whether it is one of our marker files, which are neither learnt from nor told of."""
+    return name in _OWN_FILES
+
+
 def list_entries(directory: Path) -> Entries:
     """Sort a directory's entries into usable and passed over; our own marker files are neither."""
     entries = Entries()

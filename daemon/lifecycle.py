@@ -18,7 +18,7 @@ from daemon.batch import Batch
 from daemon.budget import check_space, needs_of_learning
 from daemon.errors import BatchError, DaemonError
 from daemon.publish import Publisher
-from daemon.reception import known
+from daemon.reception import Knowledge
 from daemon.recovery import next_step
 from daemon.spool import Reason
 from daemon.standby import Standby
@@ -65,6 +65,7 @@ class Lifecycle:
         self._launch = launch
         self._home = publisher.home
         self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
+        self._known = Knowledge(publisher.store)
         self._job: _Job | None = None
         self._standby = Standby(lambda: launch.make_command("standby"), publisher.home / STANDBY_LOG_NAME)
         self._not_before: dict[str, tuple[float, float]] = {}  # batch id → since when it waits, until when
@@ -166,7 +167,7 @@ class Lifecycle:
 
     def _published_twin(self, batch: Batch) -> str | None:
         """The batch that brought the same and was published while this one waited."""
-        found = known(self._store)
+        found = self._known()
         twin = found.contents.get(batch.content_sha256)
         if batch.producer_id is not None:
             twin = found.producer_ids.get(batch.producer_id, twin)

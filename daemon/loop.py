@@ -91,7 +91,7 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
 
         service.reception.should_stop = should_stop
         service.start()
-        with Watcher(config.inbox_dir(home), service.reception.wake, wake):
+        with Watcher(config.inbox_dir(home), service.reception.wake, wake) as watcher:
             notifier.ready()
             try:
                 while signals.name is None:
@@ -99,6 +99,7 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
                         signals.wants_reload = False
                         _reload(service, home, config_path, notifier)
                     is_busy = service.tick(time.time())
+                    watcher.renew(time.monotonic())
                     notifier.status(service.summary)
                     notifier.alive()
                     if once and signals.name is None and (why := service.why_stuck()) is not None:

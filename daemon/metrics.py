@@ -221,9 +221,9 @@ class Metrics:
 
     def _last_success(self) -> float:
         moments = [
-            manifest.created_at.timestamp()
-            for manifest in map(self._store.manifest, self._store.versions())
-            if manifest.kind in ("update", "promote")
+            summary.created_at.timestamp()
+            for summary in map(self._store.summary, self._store.versions())
+            if summary.kind in ("update", "promote")
         ]
         return max(moments, default=0.0)
 

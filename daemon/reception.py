@@ -4,15 +4,19 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from daemon.compose import Known, KnownClass
 from daemon.config import Config
 from daemon.inbox import Item
-from daemon.intake import Intake, IntakeEvent
+from daemon.intake import Intake
+from daemon.lane import Lane
 from daemon.spool import Spool
+from daemon.taking import IntakeEvent
 from deploy.manifest import load_classes
 from deploy.store import VersionStore
 
+ROUND_SECONDS = 0.25  # of the inbox in each round of the daemon's loop, or one small drop
 # Names of events.jsonl, and how loud they are in the log.
 _EVENTS = {
     "batch_queued": ("queued", logging.INFO),
@@ -30,10 +34,13 @@ class Reception:
 
     Args:
         tell: called with an event's name, a log level, and fields.
+        lane: where large drops are taken in.
         should_stop: asked between two images of a drop.
     """
 
-    def __init__(self, home: Path, config: Config, *, tell: Callable[..., None]) -> None:
+    def __init__(
+        self, home: Path, config: Config, *, tell: Callable[..., None], lane: Lane | None = None
+    ) -> None:
         spool, store = Spool(home), VersionStore(home / "serving")
         self._tell = tell
         self._next_scan = self._scanned_at = 0.0
@@ -43,8 +50,10 @@ class Reception:
             config,
             config.inbox_dir(home),
             spool,
-            known=lambda: known(store),
+            known=Knowledge(store),
             should_stop=self._is_stopping,
+            lane=lane,
+            round_seconds=ROUND_SECONDS,
         )
 
     def reconfigure(self, config: Config) -> None:
@@ -70,20 +79,35 @@ class Reception:
     def _is_stopping(self) -> bool:
         return self.should_stop()
 
-    def tick(self, now: float) -> None:
-        """Look at the inbox if it is time to, and take in what is ready.
+    def tick(self, now: float) -> bool:
+        """Look at the inbox if it is time to, and take in what is ready; says whether to come back at once.
 
         Raises:
             InboxError: the inbox cannot be read; says what to do.
         """
         was_set_back = now < self._scanned_at
-        if now < self._next_scan and not self.wake.is_set() and not was_set_back:
-            return
-        self._scanned_at = now
-        self.wake.clear()
-        for event in self._intake.step(now):
+        is_due = now >= self._next_scan or self.wake.is_set() or was_set_back
+        was_busy = self._intake.is_busy
+        if not (is_due or was_busy or self.taking_in is not None):
+            return False
+        if is_due:
+            self._scanned_at = now
+            self.wake.clear()
+        for event in self._intake.step(now, is_due=is_due):
             self._pass_on(event)
-        self._next_scan = now + self._intake.seconds_to_next_scan(now)
+        if is_due or was_busy:
+            self._next_scan = now + self._intake.seconds_to_next_scan(now)
+        return self._intake.is_busy
+
+    def stop(self, should_force: Callable[[], bool] = lambda: False) -> None:
+        """End what takes in a large drop; it is read again at the next start."""
+        self._intake.stop(should_force)
+
+    @property
+    def taking_in(self) -> dict[str, Any] | None:
+        """The large drop that is being taken in, with `phase`, `step`, `steps`; None while there is none."""
+        lane = self._intake.lane
+        return None if lane is None else lane.progress
 
     @property
     def is_idle(self) -> bool:
@@ -105,6 +129,24 @@ class Reception:
         """A sentence for everything that is left lying in the inbox, and for why nothing is taken in."""
         found = [problem.sentence for problem in self._intake.problems]
         return [*found, self._intake.waits] if self._intake.waits else found
+
+
+class Knowledge:
+    """What `known` says of a store, looked up anew where a version came or another is live."""
+
+    def __init__(self, store: VersionStore) -> None:
+        self._store = store
+        self._key: tuple[int, int, int] | None = None
+        self._known = Known()
+
+    def __call__(self) -> Known:
+        """What the published versions say now."""
+        versions = self._store.versions()
+        key = (self._store.current(), versions[-1], len(versions)) if versions else None
+        if key != self._key:
+            self._key, self._known = None, known(self._store)
+            self._key = key
+        return self._known
 
 
 def known(store: VersionStore) -> Known:

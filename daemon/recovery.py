@@ -4,7 +4,7 @@ The service asks `next_step` about every batch in work/ whenever no worker runs.
 going on normally are therefore the same code, and the same code is tested all the time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from typing import Any, Literal
 from daemon.batch import Batch
 from daemon.spool import State
 from deploy.manifest import Manifest
+from deploy.store_reader import StoreReader
 
 _PUBLICATIONS = {
     "initial": "initialised",
@@ -19,7 +20,29 @@ _PUBLICATIONS = {
     "revert": "reverted",
     "regraph": "regraphed",
 }
+_TOLD_OF_VERSIONS = {"published", *_PUBLICATIONS.values()}
+_ENDS = ("published", "promoted", "duplicate")  # of a batch in done/
+Listed = tuple[State, Callable[[], Batch | None]]
 Step = Literal["finish", "judge", "redo", "restart", "resume"]
+
+
+class Published(Mapping[int, Manifest]):
+    """The manifests of a store by number, each read when it is asked for."""
+
+    def __init__(self, store: StoreReader) -> None:
+        self._store = store
+
+    def __getitem__(self, version: int) -> Manifest:
+        """The manifest; raises StoreError where it cannot be read."""
+        return self._store.manifest(version)
+
+    def __iter__(self) -> Iterator[int]:
+        """All numbers, oldest first."""
+        return iter(self._store.versions())
+
+    def __len__(self) -> int:
+        """How many versions there are."""
+        return len(self._store.versions())
 
 
 @dataclass(frozen=True)
@@ -75,27 +98,40 @@ def publication(manifest: Manifest) -> dict[str, Any]:
 
 
 def missing_events(
-    known: Iterable[Mapping[str, Any]], manifests: Iterable[Manifest], batches: Iterable[tuple[State, Batch]]
+    known: Iterable[Mapping[str, Any]], versions: Mapping[int, Manifest], batches: Mapping[str, Listed]
 ) -> Iterator[dict[str, Any]]:
     """Events that should be in the log and are not, as arguments for `EventLog.append`.
 
     A crash between an effect and its line loses the line. Every version and every batch that left work/ gets
     the one event that says so; what the files do not say (when a batch was claimed, say) is not made up. A
     batch that is published but still in work/ or held/ is told when it is finished.
+
+    Args:
+        versions: number → manifest; asked only for those that no event tells of.
+        batches: id → state and record; the record is asked for likewise.
     """
-    batches = list(batches)
-    unfinished = {batch.id for state, batch in batches if state in ("work", "held")}  # promoted out of held/
-    seen = {(entry["event"], entry.get("batch"), entry.get("version")) for entry in known}
-    told = {(event, batch) for event, batch, _ in seen}
-    for manifest in manifests:
-        told_as = publication(manifest)
-        told_of = told_as["event"], told_as["batch"], manifest.version
-        if told_of not in seen and (manifest.kind == "revert" or told_as["batch"] not in unfinished):
-            yield {**told_as, "at": manifest.created_at, "late": True}
-    for state, batch in batches:
-        event = "duplicate" if state == "done" and batch.duplicate_of else state
-        if event in ("held", "failed", "duplicate") and (event, batch.id) not in told:
-            yield {"event": event, "at": _last_known(batch), "batch": batch.id, "late": True}
+    unfinished = {name for name, (state, _) in batches.items() if state in ("work", "held")}  # promoted
+    published: set[int] = set()
+    told: set[tuple[str, str]] = set()
+    for entry in known:
+        if entry["event"] in _TOLD_OF_VERSIONS:
+            published.add(entry.get("version", -1))
+        if entry.get("batch") is not None:
+            told.add((entry["event"], entry["batch"]))
+    for version in versions:
+        if version not in published:
+            manifest = versions[version]
+            told_as = publication(manifest)
+            if manifest.kind == "revert" or told_as["batch"] not in unfinished:
+                yield {**told_as, "at": manifest.created_at, "late": True}
+    for name, (state, load) in batches.items():
+        is_known = any((event, name) in told for event in (_ENDS if state == "done" else (state,)))
+        if state not in ("held", "failed", "done") or is_known:
+            continue
+        batch = load()
+        if batch is not None and (state != "done" or batch.duplicate_of):
+            event = "duplicate" if state == "done" else state
+            yield {"event": event, "at": _last_known(batch), "batch": name, "late": True}
 
 
 def _last_known(batch: Batch) -> datetime:

@@ -4,13 +4,12 @@ Weights, class list and embeddings, and torch's reference outputs are copied: th
 outputs which were recorded for the old ones is what shows that no answer changes.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+from daemon.child import Outlet
 from daemon.staging import inherited
-from daemon.worker import Outlet
-from deploy import atomic
+from deploy import atomic, disk
 from deploy.export import export_graphs
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
@@ -50,7 +49,7 @@ def stage_regraph(home: Path, parent: int, *, outlet: Outlet) -> dict[str, Any] 
         atomic.remove_tree(staging)
         return None
     for name in _COPIED:
-        shutil.copyfile(directory / name, staging / name)
+        disk.copy(directory / name, staging / name)
     outlet.phase("verify")
     checked = verify_staged(staging, embed_dim=manifest.embed_dim)
     return {

@@ -5,7 +5,7 @@ done.
 revert) are carried out nevertheless: whoever gives them means it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from daemon.config import ScheduleConfig
 from daemon.windows import is_open, next_opening, parse_window
 from deploy import atomic
 from deploy.manifest import Manifest
-from deploy.store_reader import StoreReader
+from deploy.store_reader import StoreReader, Summary
 
 PAUSE_NAME = "paused.json"
 
@@ -78,12 +78,12 @@ def remove_pause(home: Path) -> None:
 
 
 def why_rest(
-    pause: Pause | None, config: ScheduleConfig, manifests: Iterable[Manifest], now: float
+    pause: Pause | None, config: ScheduleConfig, manifests: Iterable[Manifest | Summary], now: float
 ) -> Rest | None:
     """The reason why nothing may be learnt at `now` (seconds since the epoch), or None.
 
     Args:
-        manifests: of all versions; asked only where the number per day is limited.
+        manifests: of all versions, or their summaries; asked only where the number per day is limited.
     """
     if pause is not None:
         return Rest("paused", pause.sentence)
@@ -120,11 +120,9 @@ class Resting:
         Raises:
             StoreError: a version's manifest cannot be read.
         """
-        before, self.rest = self.rest, why_rest(read_pause(self._home), config, self._manifests(), now)
+        is_limited = config.max_versions_per_day > 0
+        summaries = map(self._store.summary, self._store.versions() if is_limited else ())
+        before, self.rest = self.rest, why_rest(read_pause(self._home), config, summaries, now)
         if self.rest != before:
             logs.log("resting" if self.rest else "going on", why=self.rest.why if self.rest else None)
         return self.rest
-
-    def _manifests(self) -> Iterator[Manifest]:
-        """Of all versions; nothing is read before the first is asked for."""
-        yield from map(self._store.manifest, self._store.versions())

@@ -14,6 +14,7 @@ from typing import Any
 
 from daemon.adaptation import union_of_classes
 from daemon.batch import read_batch
+from daemon.child import Outlet
 from daemon.config import Config
 from daemon.errors import WorkerError
 from daemon.examine import Examiner, Grades
@@ -21,7 +22,6 @@ from daemon.grading import Grading, Stopwatch
 from daemon.report import RESULT_DIR, Report, load_report, staging_name
 from daemon.spool import Spool
 from daemon.staging import Candidate, inherited, stage_candidate, write_beside_weights
-from daemon.worker import Outlet
 from deploy.cpus import usable_cpus
 from deploy.delta import load_delta
 from deploy.lineage import (

@@ -16,18 +16,19 @@ from daemon.config import Config, keys_of
 from daemon.events import EventLog
 from daemon.exams import exam_dir
 from daemon.forget import finish_forgetting
+from daemon.lane import Lane
 from daemon.lifecycle import Launch, Lifecycle
 from daemon.observers import Observers
 from daemon.part import Part
 from daemon.progress import View
 from daemon.publish import Publisher
 from daemon.reception import Reception
-from daemon.recovery import missing_events
+from daemon.recovery import Published, missing_events
 from daemon.requests import Answer, Request, execute_pending
 from daemon.rest import Resting
 from daemon.revision import LONG_COMMANDS, Reviser
 from daemon.sharing import Sharing, signer
-from daemon.spool import STATES, Spool
+from daemon.spool import Spool
 from daemon.status import StatusFile, describe, is_full_disk, pin_fields
 from daemon.waits import Waits
 from deploy.errors import DeployError
@@ -53,7 +54,8 @@ class Service:
         self._store = VersionStore(home / "serving", sign=signer(config))
         self._events = EventLog(home, max_bytes=config.log.events_max_bytes)
         self._status = StatusFile(home)
-        self.reception = Reception(home, config, tell=self.tell)
+        lane = Lane(home, config_path=launch.config_path, wake=launch.wake) if launch else None
+        self.reception = Reception(home, config, tell=self.tell, lane=lane)
         self._publisher = Publisher(home, config, self._spool, self._store, self.tell)
         self._lifecycle = Lifecycle(self._publisher, launch)
         self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
@@ -85,9 +87,8 @@ class Service:
         live = self._store.current()
         self._spool.recover()
         retention.remove_leftovers(self._home)
-        batches = [(state, batch) for state in STATES for batch in self._spool.batches(state)]
-        manifests = [self._store.manifest(version) for version in self._store.versions()]
-        for event in missing_events(self._events.read(), manifests, batches):
+        versions, batches = Published(self._store), self._spool.listed()
+        for event in missing_events(self._events.each(), versions, batches):
             if not retention.is_worth_telling(event["at"], self._config.retention, time.time()):
                 continue
             if not self._events.record(**event):
@@ -108,8 +109,8 @@ class Service:
             self._learning.attempt(self._recover, now)
             self._show(now)
             return self._is_recovered
-        self._inbox.attempt(lambda: self.reception.tick(now), now)
-        is_busy = self._learning.attempt(lambda: self._learn(now), now)
+        has_drops = self._inbox.attempt(lambda: self.reception.tick(now), now)
+        is_busy = self._learning.attempt(lambda: self._learn(now), now) or has_drops
         self._cleaning.attempt(lambda: self._sweep(now), now)
         self._spreading.attempt(self._sharing.tick, now)
         self._show(now)
@@ -184,7 +185,14 @@ class Service:
     def summary(self) -> str:
         """What is going on, in a line for `systemctl status`."""
         live = f"serving version {self._live}" if self._live is not None else "no version is live"
-        return f"{self._doing()}; {live}"
+        return "; ".join(filter(None, (self._doing(), self._taking_in(), live)))
+
+    def _taking_in(self) -> str | None:
+        drop = self.reception.taking_in
+        if drop is None:
+            return None
+        far = f" {drop['step']}/{drop['steps']}" if drop.get("steps") else ""
+        return f"taking in {drop['batch']}: {drop['phase']}{far}"
 
     def _doing(self) -> str:
         if self.trouble:
@@ -235,6 +243,7 @@ class Service:
         self._view.clear()
         self._reviser.stop()
         self._lifecycle.dismiss_standby()
+        self.reception.stop(should_force)
         if (working := self._lifecycle.working) is not None:
             logs.log(
                 "stopping", what="worker", batch=working["batch"], wait=self._config.learning.stop_seconds
@@ -305,6 +314,7 @@ class Service:
     def _show(self, now: float) -> None:
         """Progress for people, status.json for programs."""
         working, revising = self._lifecycle.working, self._reviser.working
+        taking_in = self.reception.taking_in
         if revising is not None:
             self._view.update(**{key: value for key, value in revising.items() if key != "request"})
         elif working is not None:
@@ -324,9 +334,11 @@ class Service:
             "rests": self._resting.rest.to_dict() if self._resting.rest else None,
             "oldest_at": self._waits.oldest_at(self.reception.arriving),
             "disk_needed_bytes": self._needed_bytes(live),
+            "taking_in": taking_in,
         }
         self._observers.show(content, now)
-        self._status.write(content, now_or_later=working is not None and "step" in working)
+        is_moving = any("step" in (at_hand or {}) for at_hand in (working, taking_in))
+        self._status.write(content, now_or_later=is_moving)
 
     def _needed_bytes(self, live: int | None) -> int | None:
         """What must be free for a batch to be learnt; None where nobody knows, for lack of a live version."""

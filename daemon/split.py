@@ -7,6 +7,7 @@ trained or tuned on, and one that was trained or tuned on never grades.
 
 import math
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from daemon.batch import Split
@@ -16,8 +17,8 @@ from daemon.batch import Split
 class History:
     """Image hashes of earlier batches. An image in both sets (which no split makes) counts as exam."""
 
-    exam: frozenset[str] = frozenset()
-    trained: frozenset[str] = frozenset()  # tuning included
+    exam: AbstractSet[str] = frozenset()
+    trained: AbstractSet[str] = frozenset()  # tuning included
 
 
 def split_images(

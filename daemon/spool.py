@@ -10,7 +10,10 @@
 Every operation is durable when it returns. Knows nothing of learning, versions or the inbox.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,13 +22,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from daemon.batch import BATCH_FILE, Batch, Forgotten, read_batch, sequence
 from daemon.errors import BatchError, DaemonError
-from daemon.split import History
 from deploy import atomic, disk
 
 State = Literal["incoming", "queued", "work", "done", "held", "failed"]
 STATES: tuple[State, ...] = get_args(State)
 REASON_FILE = "reason.json"
 CLAIM_FILE = "claim.json"
+_UNMARKED = b'"forgotten": null'  # in no other place: quotes within a name are escaped
 _LEFT = TypeAdapter(dict[str, str])
 
 
@@ -91,10 +94,11 @@ class Spool:
     def ids(self, state: State) -> list[str]:
         """The batches in one state, in working order."""
         try:
-            names = [entry.name for entry in (self.root / state).iterdir()]
+            names = [entry.name for entry in os.scandir(self.root / state)]
         except FileNotFoundError:
             return []
-        return sorted((name for name in names if sequence(name) is not None), key=_order)
+        found = [(number, name) for name in names if (number := sequence(name)) is not None]
+        return [name for _, name in sorted(found)]
 
     def find(self, batch: str) -> State | None:
         """The state a batch is in, or None."""
@@ -159,20 +163,26 @@ class Spool:
                 except BatchError:
                     continue  # incoming or failed before it had a record
 
-    def next_seq(self, published: Iterable[str] = ()) -> int:
-        """One more than any seq in the spool or in `published` batch ids: never reused."""
-        known = [*published, *(name for state in STATES for name in self.ids(state))]
-        return 1 + max((sequence(name) or 0 for name in known), default=0)
+    def listed(self) -> dict[str, tuple[State, Callable[[], Batch | None]]]:
+        """Every batch with its state and what reads its record; None where there is no readable one."""
 
-    def history(self, *, without: str | None = None) -> History:
-        """Every image hash that graded or was learnt from, in all batches but `without`."""
-        exam: set[str] = set()
-        trained: set[str] = set()
-        for batch in self.batches():
-            if batch.id != without:
-                for image in batch.images:
-                    (exam if image.split == "exam" else trained).add(image.sha256)
-        return History(frozenset(exam), frozenset(trained))
+        def reading(directory: Path) -> Callable[[], Batch | None]:
+            return lambda: _read_or_none(directory)
+
+        return {
+            name: (state, reading(self.root / state / name)) for state in STATES for name in self.ids(state)
+        }
+
+    def forgotten(self, *states: State) -> Iterator[Batch]:
+        """The records in these states that are marked as forgotten; the others are glanced at only."""
+        for directory in (self.root / state / name for state in states for name in self.ids(state)):
+            try:
+                is_unmarked = _UNMARKED in (directory / BATCH_FILE).read_bytes()
+            except FileNotFoundError:
+                continue
+            batch = None if is_unmarked else _read_or_none(directory)
+            if batch is not None and batch.forgotten is not None:
+                yield batch
 
     def recover(self) -> Recovery:
         """Remove leftovers of writes cut short; say what is to be resumed. Harmless to repeat."""
@@ -205,9 +215,27 @@ class Spool:
                 "of the inbox; take those out of the inbox, then delete this file, else they are learnt again"
             ) from error
 
-    def set_left_behind(self, left: Mapping[str, str]) -> None:
-        """Replace the list of drops that were copied because they could not be moved."""
-        atomic.write_json(self.root / "left.json", dict(left))
+    @contextmanager
+    def changing_left_behind(self) -> Iterator[dict[str, str]]:
+        """The list of drops that were copied, to be changed; written when the block ends.
+
+        The daemon and the process that takes in a large drop may come at the same time: one waits.
+        """
+        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            left = self.left_behind()
+            yield left
+            atomic.write_json(self.root / "left.json", left)
+        finally:
+            os.close(descriptor)
+
+
+def _read_or_none(directory: Path) -> Batch | None:
+    try:
+        return read_batch(directory)
+    except BatchError:
+        return None
 
 
 def _is_leftover(name: str) -> bool:

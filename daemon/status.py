@@ -78,6 +78,7 @@ def snapshot(home: Path) -> dict[str, Any]:
     content |= live_version(store)
     content["working"] = said.get("working")
     content["revising"] = said.get("revising")
+    content["taking_in"] = said.get("taking_in")
     content["batches"] = {
         state: spool.ids(state) for state in ("incoming", "queued", "work", "held", "failed")
     } | {"done": len(spool.ids("done"))}

@@ -24,7 +24,8 @@ class Waits:
         Args:
             items: what lies in the inbox; empty folders do not count.
         """
-        waiting = [*self._spool.ids("work"), *self._spool.ids("queued")]
+        # The first of each state came first: numbers are given in order of arrival.
+        waiting = [*self._spool.ids("work")[:1], *self._spool.ids("queued")[:1]]
         self._received = {name: self._received_at(name) for name in waiting}
         moments = [moment for moment in self._received.values() if moment]
         moments += [item.arrived_ns / 1e9 for item in items if item.kind != "empty"]

@@ -15,19 +15,16 @@ it leaves is in the batch's directory and in the store's staging directory.
 
 import argparse
 import contextlib
-import ctypes
 import errno
-import fcntl
 import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from daemon.child import Outlet, StopFlag, alone, die_with_parent
 from daemon.status import describe, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from deploy import disk
@@ -38,66 +35,22 @@ ANALYSIS_LOCK_NAME = "analysis.lock"  # an analysis only reads the home: learnin
 NO_MEMORY = "the worker ran out of memory; make the batch smaller, or give the daemon more memory"
 # Of torch, of C++, and of oneDNN, which has no other words for it.
 _NO_MEMORY_WORDS = ("can't allocate memory", "bad_alloc", "could not create a primitive")
-_PR_SET_PDEATHSIG = 1
-_LOCK_WAIT_SECONDS = 60
-
-
-class Outlet:
-    """Says things to the daemon: one JSON object per line on stdout."""
-
-    def __init__(self) -> None:
-        # A library that prints must not end up between our lines: its stdout becomes stderr.
-        self._stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-        self._last_step = 0.0
-
-    def say(self, event: str, **fields: Any) -> None:
-        """Send one message."""
-        self._stream.write(json.dumps({"event": event, **fields}) + "\n")
-        self._stream.flush()
-
-    def phase(self, name: str) -> None:
-        """Say what is being done now."""
-        self.say("phase", phase=name)
-
-    def tensors(self, done: int, count: int) -> None:
-        """Report how many tensors of a fold are done."""
-        self.step(step=done + 1, steps=count)
-
-    def step(self, **fields: Any) -> None:
-        """Report a step of what is counted in steps, at most ten a second and always the last."""
-        now = time.monotonic()
-        if now - self._last_step >= 0.1 or fields["step"] == fields["steps"]:
-            self._last_step = now
-            self.say("step", **fields)
-
-
-class StopFlag:
-    """Set by SIGTERM or SIGINT; looked at between steps."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._set)
-
-    def _set(self, *_: object) -> None:
-        self.is_set = True
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with the protocol's code."""
     options = _parser().parse_args(arguments)
-    _die_with_parent(options.parent_pid)
+    die_with_parent(options.parent_pid)
     if options.command == "standby":
         options = _parser().parse_args(_stand_by())
     outlet, stop = Outlet(), StopFlag()
     try:
         if options.command == "rebuild":
-            with _alone(options.home, REBUILD_LOCK_NAME):
+            with alone(options.home, REBUILD_LOCK_NAME):
                 code = _rebuild(options, outlet)
         else:
             lock = ANALYSIS_LOCK_NAME if options.command == "analyze" else LOCK_NAME
-            with _alone(options.home, lock):
+            with alone(options.home, lock):
                 code = _run(options, outlet, stop)
     except ModuleNotFoundError as error:
         why = f"{error.name} is not installed; pip install 'dynlora[daemon]'"
@@ -273,32 +226,6 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--out", type=Path, required=True)
     commands.add_parser("standby")
     return parser
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel for SIGKILL when the daemon ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it ended before we asked
-        sys.exit(EXIT_STOPPED)
-
-
-@contextmanager
-def _alone(home: Path, name: str) -> Iterator[None]:
-    """Hold the worker lock: a successor waits until its predecessor is really gone."""
-    with os.fdopen(disk.open_file(home / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as lock:
-        deadline = time.monotonic() + _LOCK_WAIT_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OSError(
-                        f"another worker has held {home / name} for {_LOCK_WAIT_SECONDS} s; is one stuck?"
-                    ) from None
-                time.sleep(0.05)
-        yield
 
 
 if __name__ == "__main__":

@@ -67,14 +67,19 @@ def prunable(store: StoreReader, keep_full: int) -> list[int]:
     """
     if keep_full < 1:
         raise StoreError(f"keep_full must be at least 1, found {keep_full}: the live version stays whole")
-    newest = set(store.full_versions()[-keep_full:])
-    return [
-        version
-        for version in store.versions()
-        if version not in newest
-        and why_untouchable(store, version) is None
-        and large_files(store.path(version))
-    ]
+    live, pin, full = store.live_manifest(), store.pin(), 0
+    kept = {live.version, live.parent, pin.version if pin is not None else None}
+    found = []
+    for version in reversed(store.versions()):
+        if full < keep_full and store.is_full(version):
+            full += 1
+        elif (
+            version not in kept
+            and large_files(store.path(version))
+            and store.summary(version).kind != "initial"
+        ):
+            found.append(version)
+    return found[::-1]
 
 
 def thinnable(store: StoreReader) -> list[int]:

@@ -9,6 +9,7 @@ Works on a read-only directory, and beside a process that publishes: every chang
 rename, so a reader sees a version whole or not at all.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from deploy.manifest import Manifest, load_manifest
 CURRENT_NAME = "current"
 PIN_NAME = "pin.json"
 VERSIONS_NAME = "versions"
+_MANIFESTS_KEPT = 8  # in memory: each is as long as the history it tells
 
 _NUMBER = re.compile(r"0|[1-9][0-9]*")
 
@@ -37,13 +39,24 @@ class Pin(BaseModel):
     since: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PublishedBatch:
     """Where a batch went, and by what a second delivery of it is recognised."""
 
     version: int
     producer_id: str | None
     content_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What is remembered of every manifest: a manifest lists all batches and exams before it."""
+
+    version: int
+    kind: str
+    created_at: datetime
+    batch: str | None
+    published: PublishedBatch | None  # where the version brought a batch in
 
 
 class StoreReader:
@@ -56,7 +69,8 @@ class StoreReader:
     def __init__(self, serving_dir: Path) -> None:
         self.serving_dir = Path(serving_dir)
         self.versions_dir = self.serving_dir / VERSIONS_NAME
-        self._manifests: dict[int, Manifest] = {}  # a published manifest never changes
+        self._manifests: dict[int, Manifest] = {}  # the last few; a published manifest never changes
+        self._summaries: dict[int, Summary] = {}
 
     def path(self, version: int) -> Path:
         """Return the directory of a version, whether it exists or not."""
@@ -66,7 +80,8 @@ class StoreReader:
         """Return the numbers of all published versions, pruned ones included, oldest first."""
         if not self.versions_dir.is_dir():
             return []
-        return sorted(int(path.name) for path in self.versions_dir.iterdir() if _NUMBER.fullmatch(path.name))
+        names = [entry.name for entry in os.scandir(self.versions_dir)]
+        return sorted(int(name) for name in names if _NUMBER.fullmatch(name))
 
     def full_versions(self) -> list[int]:
         """Return the versions that can be served: all their files are there, in their size."""
@@ -98,7 +113,25 @@ class StoreReader:
             if found.version != version:
                 raise StoreError(f"{self.path(version)} holds the manifest of version {found.version}")
             self._manifests[version] = found
+            while len(self._manifests) > _MANIFESTS_KEPT:
+                del self._manifests[next(iter(self._manifests))]
         return self._manifests[version]
+
+    def summary(self, version: int) -> Summary:
+        """Return what is remembered of a version's manifest, which is read once.
+
+        Raises:
+            StoreError: as manifest().
+        """
+        if version not in self._summaries:
+            manifest = self.manifest(version)
+            batch, published = manifest.batch, None
+            if batch is not None and manifest.kind in ("update", "promote"):
+                published = PublishedBatch(version, batch.producer_id, batch.content_sha256)
+            self._summaries[version] = Summary(
+                version, manifest.kind, manifest.created_at, batch.id if batch else None, published
+            )
+        return self._summaries[version]
 
     def current(self) -> int:
         """Return the live version.
@@ -150,11 +183,9 @@ class StoreReader:
     def published_batches(self) -> dict[str, PublishedBatch]:
         """Return {batch id: where it went} over all manifests, those of pruned versions included."""
         batches = {}
-        for version in self.versions():
-            manifest = self.manifest(version)
-            if manifest.batch is not None and manifest.kind in ("update", "promote"):
-                batch = manifest.batch
-                batches[batch.id] = PublishedBatch(version, batch.producer_id, batch.content_sha256)
+        for summary in map(self.summary, self.versions()):
+            if summary.batch is not None and summary.published is not None:
+                batches[summary.batch] = summary.published
         return batches
 
     def _cure(self) -> str:

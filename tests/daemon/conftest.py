@@ -11,8 +11,9 @@ from PIL import Image
 from daemon import logs
 from daemon.batch import Batch
 from daemon.config import Config, InboxConfig
-from daemon.intake import Intake, IntakeEvent
+from daemon.intake import Intake
 from daemon.spool import Spool, State
+from daemon.taking import IntakeEvent
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,12 @@
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from daemon import inbox, intake
+from daemon import inbox, taking
 from daemon.errors import InboxError
 
 
@@ -217,14 +218,14 @@ def test_an_item_that_cannot_be_looked_at_does_not_hide_the_others(bench, monkey
     """Whatever the file system answers."""
     bench.class_folder("bad")
     bench.class_folder("dress")
-    look = inbox.tree_fingerprint
+    look = inbox.surveying
 
-    def broken(path: Path) -> str:
+    def broken(path: Path) -> Iterator[None]:
         if path.name == "bad":
             raise OSError(5, "Input/output error", str(path))
         return look(path)
 
-    monkeypatch.setattr(inbox, "tree_fingerprint", broken)
+    monkeypatch.setattr(inbox, "surveying", broken)
 
     messages = bench.settle()
 
@@ -236,14 +237,14 @@ def test_a_drop_that_nobody_foresaw_fails_alone(bench, monkeypatch) -> None:
     """Any error while it is read makes a failed batch and no dead daemon."""
     bench.class_folder("dress", under=bench.inbox / "spring")
     bench.class_folder("hat", under=bench.inbox / "autumn")
-    read = intake.read_source
+    read = taking.read_source
 
     def broken(claim, directory, *, config):
         if claim.slug == "spring":
             raise KeyError("surprise")
         return read(claim, directory, config=config)
 
-    monkeypatch.setattr(intake, "read_source", broken)
+    monkeypatch.setattr(taking, "read_source", broken)
 
     bench.settle()
 
@@ -256,7 +257,7 @@ def test_what_changes_while_another_drop_is_taken_in_is_waited_for(bench, monkey
     for name in ("a", "b"):
         bench.class_folder("dress", under=bench.inbox / name)
     first = bench.step()
-    read = intake.read_source
+    read = taking.read_source
 
     def slow(claim, directory, *, config):
         for name in ("a", "b"):
@@ -264,7 +265,7 @@ def test_what_changes_while_another_drop_is_taken_in_is_waited_for(bench, monkey
                 bench.paint(bench.inbox / name / "dress" / "late.png")
         return read(claim, directory, config=config)
 
-    monkeypatch.setattr(intake, "read_source", slow)
+    monkeypatch.setattr(taking, "read_source", slow)
 
     (event,) = first + bench.step(60)
 

@@ -10,9 +10,9 @@ from daemon.batch import BATCH_FILE
 from daemon.claim import read_claim
 from daemon.compose import Known
 from daemon.delivery import without
-from daemon.intake import MAX_CRASHES
 from daemon.progress import LineView
 from daemon.service import Service
+from daemon.taking import MAX_CRASHES
 from deploy.errors import StoreError
 
 
@@ -158,8 +158,8 @@ def test_a_drop_that_ends_the_process_each_time_is_put_into_failed(bench) -> Non
     messages = bench.settle()
 
     assert messages[0].startswith(
-        f"{batch} was not taken in: the daemon ended 3 times in a row while it read this drop, which one "
-        "of its files may have caused; find that file and leave it out. It is kept in "
+        f"{batch} was not taken in: the process that read this drop ended 3 times in a row, which one of "
+        "its files may have caused; find that file and leave it out. It is kept in "
     )
     assert len(list((bench.spool.path(batch) / "source/dress").iterdir())) == 5
     assert bench.spool.ids("queued") == ["000002-hat"]

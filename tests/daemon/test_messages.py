@@ -1,81 +1,123 @@
-"""Every message that docs/operations.md lists is what the code says when that is dropped."""
+"""Every message that docs/operations.md lists is what is said when that is dropped, configured or typed."""
 
+import os
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from daemon import cli
+from daemon.batch import Batch
+from daemon.config import load_config
+from daemon.errors import ConfigError
+from daemon.home import create_home
+from tests.daemon.bad_drops import DROPS, LIMITS
+from tests.deploy.tiny import found_tiny, stage_update
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
-ROW = re.compile(r"^\| (.+?) \| (.+?) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (.+?) \| (.+?) \|$")
 
 
-def listed() -> dict[str, str]:
-    """What was dropped → the message, of the page's table."""
+def listed() -> dict[str, dict[str, str]]:
+    """The tables of the section: heading of the first column → what → message."""
     section = PAGE.read_text().split("## What is refused, and in which words")[1].split("\n## ")[0]
-    rows = dict(ROW.findall(section))
-    del rows["dropped"]
-    return rows
+    found: dict[str, dict[str, str]] = {}
+    for table in re.split(r"\n\n", section):
+        lines = table.splitlines()
+        if lines and (head := ROW.match(lines[0])):
+            found[head[1]] = {
+                row[1].strip("`"): row[2] for line in lines[2:] if (row := ROW.match(line)) is not None
+            }
+    return found
 
 
-def beside_images(name: str, make: Callable[[Path], object]) -> Callable[[Any], None]:
-    """A drop of a class whose one file is bad."""
-
-    def drop(bench: Any) -> None:
-        make(bench.class_folder("cup", 5) / name)
-
-    return drop
-
-
-def _cut_short(path: Path) -> None:
-    path.write_bytes((path.parent / "0.png").read_bytes()[:-100])
-
-
-def _batches(bench: Any) -> None:
-    for name in ("one", "two"):
-        bench.class_folder("cup", 4, under=bench.inbox / "all" / name)
-
-
-def _too_much(bench: Any) -> None:
-    import shutil
-
-    folder = bench.class_folder("cup", 5, under=bench.home / "made")
-    shutil.make_archive(str(bench.inbox / "drop"), "zip", folder.parent)
-
-
-DROPS: dict[str, Callable[[Any], object]] = {
-    "empty folder": lambda bench: (bench.inbox / "cup").mkdir(),
-    "link": lambda bench: (bench.inbox / "cup").symlink_to(bench.home),
-    "archive of another kind": lambda bench: (bench.inbox / "cup.rar").write_bytes(b"Rar!"),
-    "too few images": lambda bench: bench.class_folder("cup", 2),
-    "empty file": beside_images("x.png", Path.touch),
-    "no image": beside_images("x.png", lambda path: path.write_bytes(b"a letter")),
-    "image cut short": beside_images("x.png", _cut_short),
-    "tiny image": lambda bench: bench.paint(bench.class_folder("cup", 5) / "x.png", size=(1, 1)),
-    "link beside images": beside_images("x.png", lambda path: path.symlink_to("0.png")),
-    "large file": beside_images("x.png", lambda path: path.write_bytes(bytes(20_000))),
-    "damaged archive": lambda bench: (bench.inbox / "cup.zip").write_bytes(b"PK"),
-    "archive that unpacks to too much": _too_much,
-    "batches in a folder": _batches,
+TABLES = listed()
+DROPPED = {
+    what: message
+    for head, rows in TABLES.items()
+    if head.startswith("dropped")
+    for what, message in rows.items()
 }
+
+
+def is_said(message: str, said: str) -> bool:
+    """Whether a listed message is what was said, whatever stands for its gaps."""
+    return bool(re.fullmatch(".*".join(re.escape(part) for part in message.split("…")), said, re.DOTALL))
 
 
 def test_every_listed_drop_is_tried() -> None:
     """And none is tried that is not listed."""
-    assert listed().keys() == DROPS.keys()
+    assert DROPPED.keys() == DROPS.keys()
+    assert len(TABLES["in config.toml"]) > 15
+    assert len(TABLES["typed"]) > 15
 
 
 @pytest.mark.parametrize("what", DROPS)
 def test_a_bad_drop_is_answered_in_the_listed_words(make_bench, tmp_path: Path, what: str) -> None:
     """By the event, or among the details of reason.json or the files set aside."""
-    bench = make_bench(tmp_path, max_image_bytes=10_000, max_archive_bytes=1_000)
+    bench = make_bench(tmp_path, **LIMITS)
     DROPS[what](bench)
-    said = [event.message for _ in range(3) for event in bench.step(60)]
+    said = [event.message for _ in range(20) for event in bench.step(60)]
     for batch in bench.spool.ids("failed"):
         reason = bench.spool.reason(batch)
         said += [reason.reason, *reason.details]
     said += [aside.sentence for batch in bench.spool.batches() for aside in batch.set_aside]
 
-    words = ".*".join(re.escape(part) for part in listed()[what].split("…"))
-    assert any(re.fullmatch(words, sentence, re.DOTALL) for sentence in said), said
+    assert any(is_said(DROPPED[what], sentence) for sentence in said), said
+
+
+@pytest.mark.parametrize("line", TABLES["in config.toml"])
+def test_a_bad_configuration_is_answered_in_the_listed_words(tmp_path: Path, line: str) -> None:
+    """File, key, value, what was expected; and no other complaint."""
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "config.toml").write_text(line)
+
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, tmp_path)
+
+    assert str(refused.value).startswith(str(tmp_path / "config.toml"))
+    assert is_said(TABLES["in config.toml"][line], str(refused.value)), str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a home of two versions, a published and a queued batch, and things to submit."""
+    folder = tmp_path_factory.mktemp("place")
+    home = folder / "home"
+    create_home(home)
+    store = found_tiny(home / "serving")
+    store.publish(*stage_update(store, "000001-cup", ["cup"]))
+    for seq, (batch, state) in enumerate((("000001-cup", "done"), ("000002-hat", "queued")), 1):
+        record = Batch(
+            id=batch, seq=seq, slug="x", kind="batch", received_at="2026-01-01T00:00:00+00:00",
+            content_sha256=f"{seq:064d}", classes=[], images=[],
+        )  # fmt: skip
+        (home / "spool" / state / batch).mkdir()
+        (home / "spool" / state / batch / "batch.json").write_text(record.to_json())
+    (folder / "letter.txt").write_text("x")
+    (folder / "nothing").mkdir()
+    (folder / "photos" / "cup").mkdir(parents=True)
+    (folder / "photos" / "cup" / "0.jpg").write_bytes(b"x")
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.mark.parametrize("typed", TABLES["typed"])
+def test_a_bad_command_is_answered_in_the_listed_words(place: Path, typed: str, capsys, monkeypatch) -> None:
+    """On stderr, as one sentence; the exit code says whose mistake it was."""
+    monkeypatch.setenv("DYNLORA_HOME", "home")
+    monkeypatch.delenv("DYNLORA_CONFIG", raising=False)
+    program, *arguments = shlex.split(typed)
+    assert program == "dynlora"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+
+    assert is_said(f"Error: {TABLES['typed'][typed]}", err.strip().splitlines()[-1]), err
+    assert out == ""
+    is_usage = any(words in err for words in ("no dynlora home", "a home already", "--config", "--key"))
+    assert ended.value.code == (2 if is_usage else 1)

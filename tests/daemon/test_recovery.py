@@ -154,7 +154,7 @@ def test_missing_events_are_exactly_what_the_files_say_and_the_log_does_not():
         {"event": "held", "batch": "000003-cups"},
     ]
     published = [manifest(n, f"{n:06d}-cups") for n in (1, 2, 7)]
-    batches = [
+    listed = [
         ("done", batch(number=1)),
         ("done", batch(number=2)),
         ("held", batch("held", number=3)),
@@ -163,10 +163,11 @@ def test_missing_events_are_exactly_what_the_files_say_and_the_log_does_not():
         ("queued", batch(number=6)),
         ("work", batch(None, number=7)),
     ]
+    batches = {record.id: (state, lambda record=record: record) for state, record in listed}
 
     found = [
         (e["event"], e["batch"], e.get("version"), e["late"])
-        for e in missing_events(known, [manifest(0), *published], batches)
+        for e in missing_events(known, {m.version: m for m in (manifest(0), *published)}, batches)
     ]
 
     assert found == [

@@ -6,6 +6,7 @@ import pytest
 
 from daemon.batch import Batch, BatchImage
 from daemon.errors import BatchError, DaemonError
+from daemon.ledger import Ledger
 from daemon.spool import STATES, Reason, Spool, plan_recovery
 
 
@@ -73,11 +74,13 @@ def test_batches_are_listed_in_working_order(spool: Spool) -> None:
 
 def test_a_number_is_never_used_twice(spool: Spool) -> None:
     """Neither one in any state of the spool nor one that only a manifest remembers."""
-    assert spool.next_seq() == 1
+    ledger = Ledger(spool)
+    assert ledger.next_seq() == 1
     for seq, state in enumerate(STATES, 1):
         put(spool, batch(seq), state)
-        assert spool.next_seq() == seq + 1
-    assert spool.next_seq(["000041-dog"]) == 42
+        ledger.look()
+        assert ledger.next_seq() == seq + 1
+    assert ledger.next_seq(41) == 42
 
 
 def test_a_failed_batch_says_why(spool: Spool) -> None:
@@ -104,7 +107,9 @@ def test_history_is_told_by_all_other_batches(spool: Spool) -> None:
     put(spool, batch(2, exam="e", trained="f"), "held")
     put(spool, batch(3, exam="g"), "incoming")
 
-    history = spool.history(without="000003-cat")
+    ledger = Ledger(spool)
+    ledger.look()
+    history = ledger.history(without="000003-cat")
 
     assert history.exam == {"a", "b", "e"}
     assert history.trained == {"c", "d", "f"}
@@ -151,7 +156,8 @@ def test_recovering_twice_is_recovering_once(spool: Spool) -> None:
 def test_what_had_to_be_left_in_the_inbox_is_remembered(tmp_path: Path, spool: Spool) -> None:
     """Also by the next process."""
     assert spool.left_behind() == {}
-    spool.set_left_behind({"cat": "fingerprint"})
+    with spool.changing_left_behind() as left:
+        left["cat"] = "fingerprint"
 
     assert Spool(tmp_path).left_behind() == {"cat": "fingerprint"}
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from daemon import requests, supervisor, worker
+from daemon import child, requests, supervisor, worker
 from daemon.batch import read_batch
 from daemon.config import AttemptsConfig, Config, InboxConfig
 from daemon.exams import load_exams
@@ -90,9 +90,9 @@ class _Forked:
             os.dup2(writes, 1)
             code = 1
             try:
-                worker._die_with_parent(parent)
+                child.die_with_parent(parent)
                 given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
-                with worker._alone(Path(given["--home"]), worker.LOCK_NAME):
+                with child.alone(Path(given["--home"]), worker.LOCK_NAME):
                     code = _work(given)
             except OSError as error:
                 _say(event="error", message=str(error), retry=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from daemon import worker
+from daemon import child, worker
 from daemon.claim import read_claim
 from daemon.errors import InboxError
 from daemon.home import create_home
@@ -85,7 +85,7 @@ def test_ten_batches_are_learnt_once_each_however_often_the_daemon_is_killed(
             if not was_killed(home, delay, is_alone=number % 3 == 0):
                 break
             done += 1
-            with worker._alone(home, worker.LOCK_NAME):  # an orphan is gone
+            with child.alone(home, worker.LOCK_NAME):  # an orphan is gone
                 life.check_visible(home, BATCHES)
         assert life.in_child(lambda home=home: life.live(home), home.parent / "log") == 0
         life.check_visible(home, BATCHES)
