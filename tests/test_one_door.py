@@ -19,7 +19,6 @@ EXCEPTIONS = {
     ("daemon/systemd.py", "path.parent.mkdir"): "systemd's folders",
     ("daemon/systemd.py", "path.unlink"): "systemd's folders",
     ("deploy/server/banner.py", "Path.unlink"): "a socket",
-    ("deploy/server/launch.py", "settings.uds.unlink"): "a socket",
     ("deploy/server/launch.py", "own_path.unlink"): "a socket",
     ("daemon/unit_archive.py", "directory.mkdir"): "the folder that make dist writes to",
 }
