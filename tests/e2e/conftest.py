@@ -180,7 +180,8 @@ def undisturbed(initialised, tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "home"
     shutil.copytree(initialised, path, symlinks=True)
     home = Home(path)
-    home.batches, home.steps = [("shoes", "hat"), ("tomato", "carrot")], 16
+    home.batches, home.steps = [("shoes", "hat"), ("tomato", "carrot")], 8
+    home.configure(steps=home.steps)
     for classes in home.batches:
         home.submit(*classes)
     started = time.monotonic()

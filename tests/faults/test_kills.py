@@ -20,9 +20,9 @@ from daemon import child, worker
 from daemon.claim import read_claim
 from daemon.errors import InboxError
 from daemon.home import create_home
-from daemon.intake import MAX_CRASHES
 from daemon.spool import Spool
 from daemon.submit import submit
+from daemon.taking import MAX_CRASHES
 from tests.deploy.tiny import found_tiny
 from tests.faults import life
 
