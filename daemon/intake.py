@@ -159,9 +159,10 @@ class Intake:
                 group = self._groups.popleft()
                 if not self._is_unchanged(group):
                     continue
-                self._taken |= {(item.name, item.fingerprint) for item in group}
                 self._is_fresh = False
                 events += self._take(group, now)
+                # After it: what a broken disk keeps from being claimed is tried, and told, again.
+                self._taken |= {(item.name, item.fingerprint) for item in group}
                 if time.monotonic() >= until:
                     break
         finally:

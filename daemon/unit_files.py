@@ -106,12 +106,11 @@ def _daemon_unit(target: Target) -> str:
     else:
         values |= {"user": "User=dynlora\nGroup=dynlora", "cache": "/var/cache/dynlora"}
         values["directories"] = _directories(target.home)
-        places = {
-            "paths": f"ReadWritePaths={target.home}",
-            "protect_home": _homes(target),
-            "network": "# Models are fetched by `dynlora init`, before; learning needs no network.",
-        }
-        values["hardening"] = _fill("hardening.conf", places)
+        values["hardening"] = _hardening(
+            target,
+            paths=f"ReadWritePaths={target.home}",
+            network="# Models are fetched by `dynlora init`, before; learning needs no network.",
+        )
     return _unit(UNIT, target, values)
 
 
@@ -124,12 +123,11 @@ def _server_unit(target: Target) -> str:
             "credential": _CREDENTIAL,
         }
         hidden = " ".join(f"-{target.home / name}" for name in _NOT_SERVED)
-        places = {
-            "paths": f"InaccessiblePaths={hidden}",
-            "protect_home": _homes(target),
-            "network": "# It answers on the socket that systemd holds, and needs no network of its own.",
-        }
-        values["hardening"] = _fill("hardening.conf", places)
+        values["hardening"] = _hardening(
+            target,
+            paths=f"InaccessiblePaths={hidden}",
+            network="# It answers on the socket that systemd holds, and needs no network of its own.",
+        )
     return _unit(SERVE_UNIT, target, values)
 
 
@@ -146,6 +144,11 @@ def _unit(name: str, target: Target, values: dict[str, str]) -> str:
         "target": "default.target" if target.is_user else "multi-user.target",
     }
     return re.sub(r"\n{3,}", "\n\n", _fill(name, common | values))
+
+
+def _hardening(target: Target, *, paths: str, network: str) -> str:
+    """The restrictions that daemon and server share, with what differs."""
+    return _fill("hardening.conf", {"paths": paths, "protect_home": _homes(target), "network": network})
 
 
 def _directories(home: Path) -> str:

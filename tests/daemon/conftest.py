@@ -1,7 +1,9 @@
 """Fixtures of the daemon's tests: a home with an inbox, and pictures to drop into it."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,27 @@ class Bench:
     def settle(self) -> list[str]:
         """Two looks at a quiet inbox; what was said."""
         return [event.message for event in [*self.step(), *self.step(60)]]
+
+    @contextmanager
+    def renaming(self, pattern: str) -> Iterator[None]:
+        """Meanwhile another thread renames what fits in the inbox, as fast as it can."""
+        stop = threading.Event()
+
+        def rename() -> None:
+            for turn in itertools.count(1):
+                if stop.is_set():
+                    return
+                for path in list(self.inbox.glob(pattern)):
+                    with suppress(FileNotFoundError):
+                        path.rename(path.with_name(f"{path.name.split('.')[0]}.{turn}"))
+
+        thread = threading.Thread(target=rename)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
     def only(self, state: State) -> Batch:
         """The record of the one batch in `state`."""

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import threading
 import zipfile
 from pathlib import Path
 
@@ -90,26 +89,9 @@ def test_folders_renamed_while_the_inbox_is_looked_at_lose_no_image(bench) -> No
     """Another thread renames as fast as it can; in the end every image is in one batch, once."""
     for number in range(6):
         bench.class_folder(f"class-{number}", 5)
-    stop = threading.Event()
-
-    def rename() -> None:
-        turn = 0
-        while not stop.is_set():
-            turn += 1
-            for path in list(bench.inbox.glob("class-*")):
-                try:
-                    path.rename(path.with_name(f"{path.name.split('.')[0]}.{turn}"))
-                except FileNotFoundError:
-                    continue
-
-    thread = threading.Thread(target=rename)
-    thread.start()
-    try:
+    with bench.renaming("class-*"):
         for _ in range(30):
             bench.step(1)
-    finally:
-        stop.set()
-        thread.join()
     look(bench)
 
     hashes = [image.sha256 for name in bench.spool.ids("queued") for image in bench.spool.load(name).images]

@@ -1,7 +1,6 @@
 """Many drops at once: all are taken in, and each costs the same work, however many there are and were."""
 
 import shutil
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -86,26 +85,9 @@ def test_folders_renamed_between_the_steps_of_a_scan_lose_no_image(bench) -> Non
     for number in range(4):
         bench.class_folder(f"class-{number}", 4)
     bench.intake.round_seconds = 0.0
-    stop = threading.Event()
-
-    def rename() -> None:
-        turn = 0
-        while not stop.is_set():
-            turn += 1
-            for path in list(bench.inbox.glob("class-*")):
-                try:
-                    path.rename(path.with_name(f"{path.name.split('.')[0]}.{turn}"))
-                except FileNotFoundError:
-                    continue
-
-    thread = threading.Thread(target=rename)
-    thread.start()
-    try:
+    with bench.renaming("class-*"):
         for _ in range(200):
             bench.step(1)
-    finally:
-        stop.set()
-        thread.join()
     for _ in range(100):
         bench.step(60)
 
