@@ -65,13 +65,8 @@ class Versions:
         return self._open.is_set()
 
     def close(self) -> None:
-        """Give no answer of the live version from now on, until ``flip`` or ``reopen``."""
+        """Give no answer of the live version from now on, until ``flip``."""
         self._open.clear()
-
-    def reopen(self) -> None:
-        """Go on with the version that is live."""
-        if self._live is not None:
-            self._open.set()
 
     def flip(self, slot: Slot) -> None:
         """Make another version live, keep the old one for requests that name it, retire the one before."""
