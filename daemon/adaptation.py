@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from daemon.batch import Batch, BatchImage, read_batch
 from daemon.child import Outlet, StopFlag
 from daemon.config import Config
+from daemon.curve import CurveWriter, Point
 from daemon.errors import WorkerError
 from daemon.examine import Examiner, load_pixels
 from daemon.founding import software_versions
@@ -96,6 +98,8 @@ def adapt_batch(
         checkpoint = settle_plan(work_dir, plan)
     with watch.stage("train"), _without_damaged(checkpoint), stop.looked_at():
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
+        if config.mlflow.tracking_uri:
+            hooks = _with_curve(hooks, CurveWriter(work_dir, is_new=hooks.resume_from is None))
         adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
     with _making_candidate(), watch.stage("fold"):
         result_dir = work_dir / RESULT_DIR
@@ -267,6 +271,16 @@ def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds:
 
     resume_from = checkpoint.read_bytes() if checkpoint.exists() else None
     return Hooks(on_progress, lambda: stop.is_set, should_save, save, resume_from)
+
+
+def _with_curve(hooks: Hooks, curve: CurveWriter) -> Hooks:
+    """The same hooks, and every step is written down."""
+
+    def on_progress(progress: Progress) -> None:
+        curve.add(Point(progress.step, progress.loss, progress.kept_rank, time.time()))
+        hooks.on_progress(progress)
+
+    return replace(hooks, on_progress=on_progress)
 
 
 def _report(

@@ -142,7 +142,8 @@ def _queue(found: Mapping[str, Any], now: float) -> RenderableType:
 
 def _sentences(found: Mapping[str, Any]) -> list[Text]:
     trouble = [Text(found["trouble"], "red")] if found["trouble"] else []
-    return [*trouble, *(Text(sentence) for sentence in found["inbox"])]
+    untold = [Text(f"mlflow: {found['mlflow']}", "yellow")] if found.get("mlflow") else []
+    return [*trouble, *untold, *(Text(sentence) for sentence in found["inbox"])]
 
 
 def _decisions(decisions: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -129,7 +129,12 @@ def verify(options: Options, version: int | None, *, trust: Path | None) -> None
 @pass_options
 def check_config(options: Options) -> None:
     """Read the configuration and say what is wrong with it."""
+    from daemon.errors import ConfigError
+    from daemon.tracking import NOT_INSTALLED, is_installed
+
     path, config = options.config_path(), options.config()
+    if config.mlflow.tracking_uri and not is_installed():
+        raise ConfigError(f"{path}: {NOT_INSTALLED}. Without it batches are learnt, and no runs are logged")
     document = {"file": str(path) if path else None, "config": config.model_dump()}
     sentence = f"{path} is fine" if path else "no configuration file; the defaults count"
     options.show(document, lambda: click.echo(sentence))
@@ -172,6 +177,8 @@ def _say_status(found: Mapping[str, Any]) -> None:
         click.echo(f"resting   {found['rests']['why']}")
     if found["trouble"]:
         click.echo(f"trouble   {found['trouble']}")
+    if found["mlflow"]:
+        click.echo(f"mlflow    {found['mlflow']}")
     if found["taking_in"]:
         drop = found["taking_in"]
         click.echo(f"taking in {drop['batch']}: {drop['phase']}{_steps(drop)}")

@@ -35,6 +35,20 @@ def check_absolute(place: str) -> str:
     return place
 
 
+def check_address(text: str) -> str:
+    """Raise ValueError for what cannot be asked over HTTP, or has a secret that logs would show."""
+    expected = "expected http://… or https://… without a user name, blanks or special characters"
+    try:
+        url = urlsplit(text)
+        is_usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError as error:  # no number for a port, say
+        raise ValueError(f"{expected}: {error}") from error
+    is_plain = text.isascii() and text.isprintable() and " " not in text
+    if not (is_usable and is_plain and "@" not in url.netloc):
+        raise ValueError(expected)
+    return text
+
+
 class Section(BaseModel):
     """What all sections share: no unknown keys, no silent conversions, no change after loading."""
 
@@ -202,16 +216,26 @@ class HooksConfig(Section):
     @field_validator("webhook")
     @classmethod
     def _is_an_address(cls, webhook: str) -> str:
-        expected = "expected http://… or https://… without a user name, blanks or special characters"
-        try:
-            url = urlsplit(webhook)
-            is_usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
-        except ValueError as error:  # no number for a port, say
-            raise ValueError(f"{expected}: {error}") from error
-        is_plain = webhook.isascii() and webhook.isprintable() and " " not in webhook
-        if webhook and not (is_usable and is_plain and "@" not in url.netloc):
-            raise ValueError(expected)
-        return webhook
+        return check_address(webhook) if webhook else webhook
+
+
+class MlflowConfig(Section):
+    """Which MLflow store gets a run for each batch."""
+
+    tracking_uri: str = ""  # a server, or a store on this machine; empty: nothing is logged
+    experiment: str = Field("dynlora", min_length=1)
+    timeout_seconds: float = Field(60.0, gt=0, le=3600)
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _is_usable(cls, uri: str) -> str:
+        if uri.startswith(("http://", "https://")):
+            return check_address(uri)
+        if uri and not uri.startswith(("sqlite:////", "file:///")):
+            raise ValueError(
+                "expected http://…, https://…, sqlite:////absolute/path or file:///absolute/path"
+            )
+        return uri
 
 
 class LogConfig(Section):
@@ -238,6 +262,7 @@ class Config(Section):
     triton: TritonConfig = TritonConfig()
     metrics: MetricsConfig = MetricsConfig()
     hooks: HooksConfig = HooksConfig()
+    mlflow: MlflowConfig = MlflowConfig()
     log: LogConfig = LogConfig()
 
     def inbox_dir(self, home: Path) -> Path:

@@ -9,6 +9,7 @@
     ├── LockError       another daemon has this home
     ├── RequestError    a command could not be carried out
     ├── WorkerError     the worker process failed
+    ├── TrackingError   runs could not be logged to MLflow; tried again later
     └── Stopped         intake was asked to stop; it goes on where it was
 
 Every message is one plain sentence for the person who dropped the data or runs the daemon: what happened,
@@ -54,6 +55,10 @@ class RequestError(DaemonError):
 
 class WorkerError(DaemonError):
     """The worker process failed."""
+
+
+class TrackingError(DaemonError):
+    """Runs could not be logged to MLflow; it is tried again later."""
 
 
 class Stopped(DaemonError):  # noqa: N818 - a request that was obeyed, not an error

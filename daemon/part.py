@@ -21,15 +21,20 @@ class Part:
     Args:
         explain: makes a sentence of an error.
         about: fields for the log line that tells of trouble.
+        at_most_seconds: the longest rest.
 
     Attributes:
         trouble: why this part does not go on at the moment, in a sentence; None when all is well.
     """
 
     def __init__(
-        self, explain: Callable[[Exception], str] = str, about: Callable[[], dict[str, Any]] = dict
+        self,
+        explain: Callable[[Exception], str] = str,
+        about: Callable[[], dict[str, Any]] = dict,
+        *,
+        at_most_seconds: float = TROUBLE_SECONDS_AT_MOST,
     ) -> None:
-        self._explain, self._about = explain, about
+        self._explain, self._about, self._at_most_seconds = explain, about, at_most_seconds
         self._rests_until = 0.0
         self._rest_seconds = TROUBLE_SECONDS
         self._last: str | None = None  # kept when the trouble seems over, until something else happens
@@ -54,7 +59,7 @@ class Part:
         """Leave the work alone for a while: twice as long each time the same trouble comes back."""
         why = self._explain(error)
         if why == self._last:
-            self._rest_seconds = min(2 * self._rest_seconds, TROUBLE_SECONDS_AT_MOST)
+            self._rest_seconds = min(2 * self._rest_seconds, self._at_most_seconds)
         else:
             self._rest_seconds = TROUBLE_SECONDS
             wait = self._rest_seconds

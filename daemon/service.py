@@ -91,6 +91,7 @@ class Service:
         for event in missing_events(self._events.each(), versions, batches):
             if not retention.is_worth_telling(event["at"], self._config.retention, time.time()):
                 continue
+            self._observers.missed(event)
             if not self._events.record(**event):
                 break
         self._publisher.finish_promoted()
@@ -335,6 +336,7 @@ class Service:
             "oldest_at": self._waits.oldest_at(self.reception.arriving),
             "disk_needed_bytes": self._needed_bytes(live),
             "taking_in": taking_in,
+            "mlflow": self._observers.tracking_trouble,
         }
         self._observers.show(content, now)
         is_moving = any("step" in (at_hand or {}) for at_hand in (working, taking_in))

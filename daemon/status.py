@@ -84,6 +84,7 @@ def snapshot(home: Path) -> dict[str, Any]:
     } | {"done": len(spool.ids("done"))}
     content["inbox"] = said.get("inbox", [])
     content["trouble"] = said.get("trouble")
+    content["mlflow"] = said.get("mlflow")
     content["rests"] = said.get("rests") or _paused(home)
     content["oldest_at"] = said.get("oldest_at", Waits(spool).oldest_at())
     decisions = [entry for entry in EventLog(home).tail() if entry["event"] in DECISIONS]
