@@ -18,7 +18,7 @@ help:  ## list the targets
 $(STAMP): pyproject.toml
 	@echo "Setting up $(VENV) (once; PyTorch is a large download)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) --editable ".[daemon,server,mirror,signing,dev]"
+	@$(PIP) --editable ".[daemon,server,mirror,mlflow,signing,dev]"
 	@touch $@
 
 demo: $(STAMP)  ## drop sample images, watch them learnt, exported and swapped under a live client

@@ -1,5 +1,6 @@
 """An operator's command is carried out: through the running daemon, or here under the home's lock."""
 
+import contextlib
 import logging
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from daemon.progress import View
 from daemon.publish import Publisher
 from daemon.requests import Answer, Request, run_or_request
 from daemon.revision import LONG_COMMANDS, Reviser
+from daemon.run_notes import note_of, write_note
 from daemon.sharing import signer
 from daemon.spool import Spool
 from daemon.status import read_status
@@ -38,6 +40,9 @@ def carry_out(
     def tell(event: str, level: int = logging.INFO, /, **fields: Any) -> None:
         logs.log(event, level=level, **fields)
         EventLog(home).record(event, **fields)
+        if (note := note_of(config.mlflow, event, fields)) is not None:  # the next daemon logs it
+            with contextlib.suppress(OSError):
+                write_note(home, note)
 
     publisher = Publisher(
         home, config, Spool(home), VersionStore(home / "serving", sign=signer(config)), tell

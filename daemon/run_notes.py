@@ -4,11 +4,15 @@ A note is written once the batch is decided and removed once its run is whole, s
 down for a week nor a restart of the daemon loses a run.
 """
 
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.batch import sequence
+from daemon.config import MlflowConfig
 from deploy import atomic
 
 NOTES_DIR = "to_mlflow"
@@ -26,6 +30,20 @@ class Note(BaseModel):
     at: str  # UTC, ISO 8601
     version: int | None = None
     why: str | None = None
+
+
+def note_of(config: MlflowConfig, event: str, fields: Mapping[str, Any]) -> Note | None:
+    """What is to be noted of an event; None where it ends no batch or nothing is to be logged."""
+    if event not in DECISIONS or not config.tracking_uri or not fields.get("batch"):
+        return None
+    moment: datetime = fields.get("at") or datetime.now(UTC)
+    return Note(
+        batch=str(fields["batch"]),
+        decision=event,
+        at=moment.isoformat(timespec="milliseconds"),
+        version=fields.get("version"),
+        why=fields.get("why"),
+    )
 
 
 def write_note(home: Path, note: Note) -> None:

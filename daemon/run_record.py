@@ -120,7 +120,8 @@ def _params(note: Note, batch: Batch | None, plan: Plan | None, draft: Mapping[s
     if plan is not None:
         found |= {"preset": plan.preset, "seed": plan.seed, "dtype": plan.dtype, "threads": plan.threads}
         found |= {"images_at_once": plan.images_at_once, "prompts_at_once": plan.prompts_at_once}
-        found |= {f"settings.{key}": value for key, value in plan.settings.items()}
+        # A preset leaves open what the plan chooses: the same names are in both.
+        found |= {f"settings.{key}": value for key, value in plan.settings.items() if key not in found}
         found |= {f"software.{key}": value for key, value in plan.software.items()}
     return found
 

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from daemon import logs
 from daemon.config import MlflowConfig
 from daemon.errors import TrackingError
 from daemon.part import Part
-from daemon.run_notes import DECISIONS, Note, noted, read_note, remove_note, write_note
+from daemon.run_notes import Note, note_of, noted, read_note, remove_note, write_note
 from daemon.supervisor import EXIT_DONE, Worker, start_process
 from deploy import disk
 
@@ -73,13 +72,10 @@ class Tracking:
 
     def told(self, event: str, fields: Mapping[str, Any]) -> None:
         """Note a batch, if the event ended one."""
-        if event not in DECISIONS or not self._config.tracking_uri or not fields.get("batch"):
-            return
-        moment: datetime = fields.get("at") or datetime.now(UTC)
-        at, version, why = moment.isoformat(timespec="milliseconds"), fields.get("version"), fields.get("why")
-        batch_id = str(fields["batch"])
-        self._unwritten[batch_id] = Note(batch=batch_id, decision=event, at=at, version=version, why=why)
-        self._write_notes()
+        note = note_of(self._config, event, fields)
+        if note is not None:
+            self._unwritten[note.batch] = note
+            self._write_notes()
 
     def is_idle(self) -> bool:
         """Whether all runs are logged, or cannot be at the moment."""

@@ -24,7 +24,8 @@ def runs_of(path):
         return []
     words = (
         "select r.run_uuid, r.name, r.status, e.name, (r.end_time - r.start_time) / 1000.0 from runs r "
-        "join experiments e on e.experiment_id = r.experiment_id where r.lifecycle_stage = 'active' order by 2"
+        "join experiments e on e.experiment_id = r.experiment_id "
+        "where r.lifecycle_stage = 'active' order by 2"
     )
     with closing(sqlite3.connect(path)) as database:
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from daemon.exams import load_exams
+from tests.daemon.runs import runs_of
 from tests.e2e.conftest import IMAGES, asking, wait_until
 
 
@@ -52,12 +53,14 @@ def test_a_folder_copied_into_the_inbox_of_a_running_daemon_is_seen_by_a_client(
     assert daemon.returncode == 0
 
 
-def test_a_batch_that_gains_too_little_is_held_with_exit_code_3_until_it_is_promoted(e2e_home):
+def test_a_batch_that_gains_too_little_is_held_with_exit_code_3_until_it_is_promoted(e2e_home, tmp_path):
     """Two steps teach nothing: held with delta and report, the live version stays, no number is used.
 
-    An operator may publish it all the same: its exams are graded again, and who and why is on record.
+    An operator may publish it all the same: its exams are graded again, and who and why is on record. MLflow,
+    which was not there all the while, gets one run of it in the end.
     """
     e2e_home.configure(steps=2, min_gain=0.6, exam=0.5)
+    log_to(e2e_home, "http://127.0.0.1:9")
     e2e_home.submit("tomato", "carrot", "zucchini", "yoghurt")  # little known: there is room to gain
     done = e2e_home.dynlora("run", "--once", "--json", timeout=200)
 
@@ -76,6 +79,24 @@ def test_a_batch_that_gains_too_little_is_held_with_exit_code_3_until_it_is_prom
     assert (manifest.version, manifest.kind, e2e_home.spool.find(batch_id)) == (1, "promote", "done")
     assert manifest.decision.rules[-1].detail.endswith("decided: needed today")
     assert e2e_home.dynlora("verify").returncode == 0
+
+    e2e_home.configure()
+    log_to(e2e_home, f"sqlite:///{tmp_path}/runs.db")
+    e2e_home.finish()
+    [run] = runs_of(tmp_path / "runs.db")
+    assert (run.name, run.status, run.tags["dynlora.decision"]) == (batch_id, "FINISHED", "promoted")
+    assert (
+        [step for step, _ in run.metrics["loss"]] == [step for step, _ in run.metrics["kept_rank"]] == [1, 2]
+    )
+    assert run.metrics["drift_norm"] == [(2, pytest.approx(manifest.drift_norm))]
+    assert (run.params["settings.steps"], run.params["version"]) == ("2", "1")
+    assert run.tags["dynlora.weights.sha256"] == manifest.files["weights.safetensors"].sha256
+
+
+def log_to(home, uri):
+    """Have runs logged there from now on."""
+    with (home.path / "config.toml").open("a") as file:
+        file.write(f'[mlflow]\ntracking_uri = "{uri}"\n')
 
 
 @pytest.mark.nightly  # every day: the same way through a full disk, and the same sentence from load_clip

@@ -1,5 +1,6 @@
-"""Runs in MLflow: the real client in its process, a real store; a server that is gone or hangs stops nobody."""
+"""Runs in MLflow: the real client, a real store; a server that is gone or hangs stops nobody."""
 
+import contextlib
 import json
 import os
 import socket
@@ -276,7 +277,7 @@ def test_a_note_that_a_full_disk_refuses_is_written_later(tmp_path, mount_tmpfs)
     """Kept in memory meanwhile."""
     home = mount_tmpfs("small", 100_000)
     tracking = Tracking(home, MlflowConfig(tracking_uri="http://127.0.0.1:9"), lambda *_, **__: None)
-    with (home / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+    with (home / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
     tracking.told("published", {"batch": "000001-cups", "version": 1})
@@ -297,5 +298,5 @@ def test_a_store_that_cannot_be_is_refused(tmp_path, uri):
     path = tmp_path / "config.toml"
     path.write_text(f'[mlflow]\ntracking_uri = "{uri}"\n')
 
-    with pytest.raises(ConfigError, match="mlflow.tracking_uri is .*expected http"):
+    with pytest.raises(ConfigError, match=r"mlflow\.tracking_uri is .*expected http"):
         read_config(path)
