@@ -19,6 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from deploy.server.app import build_app
+from deploy.server.connections import Connection
 from deploy.server.engine import Engine
 from deploy.server.metrics import Metrics
 from deploy.server.settings import Settings
@@ -89,7 +90,7 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -1,5 +1,6 @@
 """Start, access, overload and end of a server process."""
 
+import http.client
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -153,6 +155,55 @@ def test_sigterm_loses_no_request(published: Path, workers: str) -> None:
         assert server.process.wait(60) == 0
     assert problems == []
     assert set(statuses) == {200}
+
+
+def answer_on(connection: socket.socket) -> http.client.HTTPResponse:
+    """The next answer on a bare connection, read to its end."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    answer.read()
+    return answer
+
+
+def test_at_the_end_of_a_drain_silence_is_cut_off_and_a_request_that_has_begun_is_answered(
+    published: Path,
+) -> None:
+    """Whoever sent nothing gets nothing and may ask the next server; half a head is somebody asking."""
+    with serving_process(published, "--drain", "0.2") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        address = host, int(port)
+        with (
+            socket.create_connection(address, timeout=30) as silent,
+            socket.create_connection(address, timeout=30) as kept,
+            socket.create_connection(address, timeout=30) as asking,
+        ):
+            kept.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert answer_on(kept).status == 200
+            asking.sendall(b"GET /version HTTP/1.1\r\nHost: loc")
+            kept.sendall(b"GET /vers")
+            server.client.get("/version")  # all of it has been read by now
+            server.process.send_signal(signal.SIGTERM)
+            assert silent.recv(1) == b""
+            asking.sendall(b"alhost\r\n\r\n")
+            kept.sendall(b"ion HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for connection in (asking, kept):
+                answer = answer_on(connection)
+                assert (answer.status, answer.headers["connection"]) == (200, "close")
+                assert connection.recv(1) == b""
+        assert server.process.wait(30) == 0
+
+
+def test_a_head_that_is_never_finished_holds_up_no_end(published: Path) -> None:
+    """Some seconds for it, then the process ends."""
+    with serving_process(published, "--drain", "0") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            slow.sendall(b"GET /version HTTP/1.1\r\nHost: loc")
+            server.client.get("/version")
+            begun = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - begun < 20, "--timeout is 30"
+            assert slow.recv(1) == b""
 
 
 def test_too_much_at_once_is_told_to_come_back(published: Path) -> None:
