@@ -26,8 +26,10 @@ class Waits:
         """
         # The first of each state came first: numbers are given in order of arrival.
         waiting = [*self._spool.ids("work")[:1], *self._spool.ids("queued")[:1]]
-        self._received = {name: self._received_at(name) for name in waiting}
-        moments = [moment for moment in self._received.values() if moment]
+        received = {name: self._received_at(name) for name in waiting}
+        # What could not be read now may be readable the next time: only what is known is remembered.
+        self._received = {name: moment for name, moment in received.items() if moment}
+        moments = list(self._received.values())
         moments += [item.arrived_ns / 1e9 for item in items if item.kind != "empty"]
         moments += [self._claimed_at(name) for name in self._spool.ids("incoming")]
         return min((moment for moment in moments if moment), default=None)
