@@ -259,6 +259,7 @@ def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds:
             loss=round(progress.loss, 4),
             kept_rank=round(progress.kept_rank, 2),
             eta_seconds=None if left is None else round(left, 1),
+            **({"resumed_at": first[0] - 1} if first[0] > 1 else {}),
         )
 
     def should_save() -> bool:

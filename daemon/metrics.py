@@ -182,7 +182,10 @@ class Metrics:
             self._shown = live
 
     def count_steps(self, working: Mapping[str, Any]) -> None:
-        """Count the training steps that were made since the last call, those of a phase that is over too."""
+        """Count the training steps that were made since the last call, those of a phase that is over too.
+
+        A worker that goes on from a checkpoint begins to count at the step it resumed at.
+        """
         is_training = working.get("phase") == "train" and "step" in working
         batch, before, steps = self._step
         now = working["step"] if is_training else 0
@@ -191,6 +194,7 @@ class Metrics:
             return
         if not is_training and working.get("phase") in _AFTER_TRAINING:
             now = steps  # 0 unless it was training when last seen
+        before = max(before, working.get("resumed_at", 0) if is_training else 0)
         if now > before:
             self._steps.inc(now - before)
 

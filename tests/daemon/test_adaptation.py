@@ -50,6 +50,17 @@ def test_the_last_step_is_always_kept(tmp_path):
 
     assert saves == [False, False, True]
     assert [said["step"] for said in outlet.said] == [1, 2, 3]
+    assert not any("resumed_at" in said for said in outlet.said)
+
+
+def test_a_worker_that_goes_on_says_from_where(tmp_path):
+    """So that nobody takes what was learnt before for its work."""
+    outlet = Outlet()
+    hooks = _hooks(outlet, Stop(), tmp_path / "checkpoint", 1e9)
+    for step in (301, 302):
+        hooks.on_progress(Progress(step, 500, 0.5, 4.0))
+
+    assert [(said["step"], said["resumed_at"]) for said in outlet.said] == [(301, 300), (302, 300)]
 
 
 @pytest.fixture

@@ -40,12 +40,13 @@ def learn(home, batch_id, parent, behaviour):
     plan = plan_for(batch, parent)
     if first == 0:
         atomic.write_text(work_dir / PLAN_NAME, plan.model_dump_json(by_alias=True))
-    say("phase", phase="train", resumed_at=first)
+    say("phase", phase="train")
+    resumed = {"resumed_at": first} if first else {}
     steps = behaviour.get("steps", 2)
     for step in range(first + 1, steps + 1):
         time.sleep(behaviour.get("step_seconds", 0.01))
         atomic.write_text(checkpoint, str(step))
-        say("step", step=step, steps=steps, loss=1.0 / step, kept_rank=4.0, eta_seconds=0.1)
+        say("step", step=step, steps=steps, loss=1.0 / step, kept_rank=4.0, eta_seconds=0.1, **resumed)
         if stopped:
             return 75
     only = behaviour.get("only")

@@ -90,6 +90,23 @@ def test_a_life_of_two_batches_can_be_read_in_the_metrics(bench, port, tmp_path)
     assert (tmp_path / "dynlora.prom").stat().st_mode & 0o777 == 0o644
 
 
+def test_a_step_is_counted_once_however_often_learning_is_resumed(bench, port) -> None:
+    """Stopped at a checkpoint and gone on from it: what was learnt before the checkpoint is not made again."""
+    steps = 24
+    bench.behave(steps=steps, step_seconds=0.02)
+    bench.drop("cups")
+    for until in (8, 16):
+        bench.tick_until(lambda until=until: (bench.service._lifecycle.working or {}).get("step", 0) >= until)
+        bench.store.roll_back(0, who="me", why="")  # a pin interrupts
+        bench.tick_until(lambda: bench.service._lifecycle.working is None)
+        bench.store.unpin("me")
+    bench.run()
+    look(bench)
+
+    assert bench.store.current() == 1
+    assert 12 <= scrape(port)["dynlora_train_steps_total",] <= steps  # the last of a stop may go unseen
+
+
 def test_a_drop_is_old_from_its_arrival_until_it_is_learnt(bench, port) -> None:
     """Pinned, so that it stays in the queue: what was dropped an hour ago is an hour old."""
     bench.store.roll_back(0, who="me", why="")
