@@ -14,7 +14,6 @@ A lone request never waits.
 """
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deploy.server.threads import WaitingThreads
 
 Array = NDArray[Any]
 Run = Callable[[Any], Array]
@@ -70,15 +71,10 @@ class Batcher:
         self._waiting_rows = 0
         self._coming = 0  # parts of requests that are being prepared or wait for it
         self._filling = 0  # threads that let a batch wait
-        self._changed = threading.Condition()
-        self._is_closed = False
         self._is_busy = False  # several requests shared the last batch
-        self._threads = [
-            threading.Thread(target=self._work, name=f"dynlora-run-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._runners = WaitingThreads()
+        self._changed = self._runners.changed
+        self._runners.start(self._work, name="run", count=threads)
 
     async def __call__(self, run: Run, rows: Array) -> Ran:
         """Return ``run``'s outputs for these rows, computed together with others'.
@@ -109,11 +105,7 @@ class Batcher:
 
     def close(self) -> None:
         """Finish what waits, then end the threads."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._runners.close()
 
     def _work(self) -> None:
         while batch := self._take():
@@ -132,13 +124,13 @@ class Batcher:
             while True:
                 self._drop_cancelled()
                 if not self._waiting:
-                    if self._is_closed:
+                    if self._runners.is_closed:
                         return []
                     self._changed.wait()
                     continue
                 batch, is_full = self._ready()
                 left = batch[0].since + self._patience_seconds() - time.monotonic()
-                if is_full or left <= 0 or self._is_closed:
+                if is_full or left <= 0 or self._runners.is_closed:
                     self._remove(batch)
                     return batch
                 self._filling += 1
@@ -163,7 +155,9 @@ class Batcher:
             self._waiting = deque(item for item in self._waiting if id(item) not in taken)
         self._waiting_rows = sum(len(item.rows) for item in self._waiting)
         self._is_busy = len(batch) > 1 or bool(self._waiting)
-        if self._waiting:
+        if self._filling:
+            self._changed.notify_all()  # who let these rows wait for more sleeps for nothing now
+        elif self._waiting:
             self._changed.notify()  # for another thread, if one is free
 
     def _ready(self) -> tuple[list[Item], bool]:

@@ -5,7 +5,6 @@ parts, future ──► queue ──► rows of one part ──► all of them t
 """
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deploy.server.batching import Array, Batcher, Item, Ran, Run
+from deploy.server.threads import WaitingThreads
 
 Prepare = Callable[[], Array]
 
@@ -41,14 +41,9 @@ class Preparer:
         self._batcher = batcher
         self._loop = asyncio.get_running_loop()
         self._queue: deque[tuple[_Request, int]] = deque()
-        self._changed = threading.Condition()
-        self._is_closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"dynlora-decode-{number}", daemon=True)
-            for number in range(batcher.threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = WaitingThreads()
+        self._changed = self._threads.changed
+        self._threads.start(self._work, name="decode", count=batcher.threads)
 
     async def __call__(self, run: Run, parts: Sequence[Prepare]) -> Ran:
         """Return ``run``'s outputs for the rows of all parts, in their order.
@@ -65,11 +60,7 @@ class Preparer:
 
     def close(self) -> None:
         """Finish what was begun, then end the threads; before the batcher's."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._threads.close()
 
     def _work(self) -> None:
         while found := self._take():
@@ -86,7 +77,7 @@ class Preparer:
     def _take(self) -> tuple[_Request, int] | None:
         with self._changed:
             while not self._queue:
-                if self._is_closed:
+                if self._threads.is_closed:
                     return None
                 self._changed.wait()
             return self._queue.popleft()

@@ -91,7 +91,7 @@ def test_a_life_of_two_batches_can_be_read_in_the_metrics(bench, port, tmp_path)
 
 
 def test_a_step_is_counted_once_however_often_learning_is_resumed(bench, port) -> None:
-    """Stopped at a checkpoint and gone on from it: what was learnt before the checkpoint is not made again."""
+    """Stopped at a checkpoint and gone on from it: what was learnt before is not made again."""
     steps = 24
     bench.behave(steps=steps, step_seconds=0.02)
     bench.drop("cups")

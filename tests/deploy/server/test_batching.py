@@ -149,3 +149,37 @@ def test_an_error_reaches_everybody_in_its_batch_and_nobody_else() -> None:
         np.testing.assert_array_equal((await batcher(double, rows)).outputs, 2 * rows)
 
     run(scenario)
+
+
+def test_a_thread_whose_batch_another_one_took_is_there_for_the_next_rows() -> None:
+    """Both let the same rows wait for more; one runs them, and what comes then must not wait for that run."""
+
+    async def scenario() -> None:
+        batcher = Batcher(threads=2, max_rows=MAX_ROWS, max_delay_seconds=1000)
+        busy, long = [Gate(), Gate()], Gate()
+        rows = np.ones((1, 2), np.float32)
+        try:
+            async with asyncio.timeout(LIMIT_SECONDS):
+                asked = []
+                for gate in busy:
+                    asked.append(asyncio.create_task(batcher(gate, rows)))
+                    await asyncio.to_thread(gate.is_running.wait, LIMIT_SECONDS)
+                batcher.expect(2)
+                asked.append(asyncio.create_task(batcher(long, rows)))
+                await asyncio.sleep(0)
+                for gate in busy:
+                    gate.open.set()
+                while batcher._filling < 2:
+                    await asyncio.sleep(0.001)
+                batcher.put(None, parts=1)  # fewer parts are prepared than there are threads: no more waiting
+                await asyncio.to_thread(long.is_running.wait, LIMIT_SECONDS)
+                answer = await batcher(double, rows)
+                np.testing.assert_array_equal(answer.outputs, 2 * rows)
+                assert not asked[-1].done()
+        finally:
+            for gate in (*busy, long):
+                gate.open.set()
+            await asyncio.gather(*asked)
+            await asyncio.to_thread(batcher.close)
+
+    asyncio.run(scenario())
