@@ -36,11 +36,11 @@ from daemon.rest import Pause, write_pause
 from daemon.service import Service
 from daemon.spool import Spool
 from daemon.status import read_status, snapshot
+from tests.daemon.drops import draw_batch
 from tests.deploy.tiny import found_tiny
 
 GOAL = 1.3
 ON = os.environ.get("BENCH_DIR")  # /dev/shm: without the time that the disk takes to flush
-IMAGES = 4
 _CONFIG = Config(inbox=InboxConfig(settle_seconds=0, gather_seconds=0, scan_seconds=1))
 
 
@@ -54,13 +54,8 @@ def new_home(folder: Path) -> Path:
 
 def drop(home: Path, number: int) -> None:
     """One small batch folder that says it is complete."""
-    batch = home / "inbox" / f"drop-{number:06d}"
-    folder = batch / f"class {number % 50}"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(number)
-    for index in range(IMAGES):
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
-    (batch / ".ready").touch()
+    folder = home / "inbox" / f"drop-{number:06d}"
+    draw_batch(folder, f"class {number % 50}", seed=number, size=8, suffix=".jpg")
 
 
 def start(home: Path) -> Service:

@@ -6,14 +6,11 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from daemon.budget import used_bytes
 from daemon.spool import Spool
+from tests.daemon.drops import draw_batch
 
 PATIENCE_SECONDS = 120  # for one batch, on a machine that does other things too
-IMAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +31,9 @@ def footprint(pid: int) -> Footprint:
 
 def drop(home: Path, number: int) -> None:
     """One batch of one class, complete."""
-    draft = home.parent / f"batch-{number}"
-    folder = draft / f"class {number}"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(number)
-    for index in range(IMAGES):
-        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    (draft / ".ready").touch()
+    draft = draw_batch(
+        home.parent / f"batch-{number}", f"class {number}", seed=number, size=24, suffix=".png"
+    )
     shutil.move(draft, home / "inbox" / draft.name)
 
 

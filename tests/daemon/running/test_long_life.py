@@ -9,7 +9,8 @@ from daemon.budget import used_bytes
 from daemon.home import create_home
 from daemon.spool import Spool
 from deploy.store import VersionStore
-from tests.daemon.running.long_life import IMAGES, live, sizes, tell
+from tests.daemon.drops import IMAGES
+from tests.daemon.running.long_life import live, sizes, tell
 from tests.daemon.running.programs import behave, start_daemon
 from tests.deploy.tiny import found_tiny
 

@@ -169,7 +169,7 @@ def test_a_thread_whose_batch_another_one_took_is_there_for_the_next_rows() -> N
                 await asyncio.sleep(0)
                 for gate in busy:
                     gate.open.set()
-                while batcher._filling < 2:
+                while batcher._filling < 2:  # noqa: ASYNC110 - a counter of the threads
                     await asyncio.sleep(0.001)
                 batcher.put(None, parts=1)  # fewer parts are prepared than there are threads: no more waiting
                 await asyncio.to_thread(long.is_running.wait, LIMIT_SECONDS)
