@@ -2,9 +2,11 @@
 
 Such a file is a zip of code, a pickle that says which tensor belongs where, and the tensors' bytes. The code
 is not looked at. The pickle may name module classes, which become empty ones, and the one function that
-makes tensors, for which ours stands in; whatever else it names is refused.
+makes tensors, for which ours stands in; whatever else it names is refused. So is an archive that unpacks to
+much more than its size: weights hardly shrink.
 """
 
+import io
 import pickle
 import tempfile
 import zipfile
@@ -30,6 +32,8 @@ _DTYPES = {
     "LongStorage": torch.int64,
     "IntStorage": torch.int32,
 }
+
+_MOST_UNPACKED = 4  # times the archive's size
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,17 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """The parameters of a TorchScript archive by their names, in the precision they are stored in.
 
     Raises:
-        ModelError: it is damaged, or names something else than modules and tensors.
+        ModelError: it is damaged, a bomb, or names something else than modules and tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            root = _root(archive)
-            with archive.open(f"{root}/data.pkl") as file:
-                model = _Unpickler(file, archive, root).load()
-            named = dict(_tensors(model, ""))
+            root, size = _root(archive), path.stat().st_size
+            model = _Unpickler(archive, root, _Allowance(size)).load()
+            names = _Allowance(size)  # of their own: every tensor is copied out of its storage
+            named = {}
+            for name, tensor in _tensors(model, ""):
+                names.take(tensor.numel() * tensor.element_size())
+                named[name] = tensor
     except Exception as error:  # a damaged pickle raises whatever it likes
         raise ModelError(
             f"{path} is a TorchScript archive whose weights cannot be read: {error}. "
@@ -98,6 +105,21 @@ def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{prefix}{name}.")
 
 
+class _Allowance:
+    """How many bytes an archive of `size` bytes may still unpack to."""
+
+    def __init__(self, size: int) -> None:
+        self._limit = self._left = _MOST_UNPACKED * size
+
+    def take(self, count: int) -> None:
+        """Raises ValueError when there is too little left for so many bytes."""
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(
+                f"it unpacks to more than {self._limit:,} bytes, {_MOST_UNPACKED} times its size"
+            )
+
+
 class _Module:
     """A module of the archive: its attributes, and none of its code."""
 
@@ -105,10 +127,10 @@ class _Module:
 class _Unpickler(pickle.Unpickler):
     """Knows modules and tensors. Every name in the file goes through `find_class`, which has no others."""
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(file)
-        self.archive, self.root = archive, root
+    def __init__(self, archive: zipfile.ZipFile, root: str, allowance: _Allowance) -> None:
+        self.archive, self.root, self.allowance = archive, root, allowance
         self.storages: dict[str, Tensor] = {}
+        super().__init__(io.BytesIO(self._read("data.pkl")))
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name in the pickle stands for.
@@ -134,9 +156,15 @@ class _Unpickler(pickle.Unpickler):
         if kind != "storage" or dtype not in _DTYPES:
             raise pickle.UnpicklingError(f"it refers to {kind!r} of {dtype!r}; expected a known storage")
         if key not in self.storages:
-            content = bytearray(self.archive.read(f"{self.root}/data/{int(key)}"))
+            content = bytearray(self._read(f"data/{int(key)}"))
             self.storages[key] = torch.frombuffer(content, dtype=_DTYPES[dtype])
         return self.storages[key]
+
+    def _read(self, name: str) -> bytes:
+        """One member; no more bytes come out of it than its entry in the archive says."""
+        member = self.archive.getinfo(f"{self.root}/{name}")
+        self.allowance.take(member.file_size)
+        return self.archive.read(member)
 
 
 def _strided(

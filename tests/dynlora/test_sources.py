@@ -113,6 +113,62 @@ def test_an_archive_whose_tensor_reaches_beyond_its_bytes_is_refused(tmp_path):
         read_torchscript(cut)
 
 
+def _save_torchscript(module, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its own format outdated
+        torch.jit.save(torch.jit.trace(module, torch.ones(1)), str(path))
+
+
+class _Holding(nn.Module):
+    """A module with some tensors and nothing else."""
+
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        """Anything that can be traced."""
+        return x + 1
+
+
+def test_an_archive_that_was_compressed_since_is_read(tmp_path):
+    """Weights hardly shrink, so its size says about what is in it."""
+    _save_torchscript(_Holding(weight=torch.randn(300, 300)), tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as old:
+        packed = zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED)
+        with packed as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+    plain, again = (read_torchscript(tmp_path / name)["weight"] for name in ("plain.pt", "packed.pt"))
+
+    assert (tmp_path / "packed.pt").stat().st_size < (tmp_path / "plain.pt").stat().st_size
+    assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "pickle", "expanded", "shared"])
+def test_an_archive_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path, kind):
+    """A bomb takes no memory: bytes that compress, a number many times, a storage under many names."""
+    storage = torch.randn(100_000)
+    tensors = {
+        "expanded": {"weight": torch.ones(1).expand(50_000_000)},
+        "shared": {f"weight_{number}": storage[:] for number in range(200)},
+    }
+    path = tmp_path / "bomb.pt"
+    _save_torchscript(_Holding(**tensors.get(kind, {"weight": torch.ones(10_000_000)})), path)
+    if kind in ("zeros", "pickle"):
+        bomb = tmp_path / "packed.pt"
+        large = "/data.pkl" if kind == "pickle" else None
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                more = bytes(40_000_000) if large and name.endswith(large) else b""
+                new.writestr(name, old.read(name) + more)
+        path = bomb
+
+    with pytest.raises(ModelError, match=r"it unpacks to more than .* bytes, 4 times its size"):
+        read_torchscript(path)
+
+
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_a_tags_activation_is_the_one_its_weights_were_trained_with(tmp_path, tiny, monkeypatch, quick_gelu):
     """open_clip only warns: ViT-B-16 with the tag openai would compute another function than OpenAI's."""
