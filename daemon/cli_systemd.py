@@ -1,11 +1,15 @@
 """`dynlora systemd`: install daemon and server as services, take them away again."""
 
+import os
+import pwd
 from pathlib import Path
 from typing import Any
 
 import click
 
 from daemon.output import Options, common_options, pass_options
+
+_LINGERING_DIR = Path("/var/lib/systemd/linger")  # a file for each user whose systemd is always there
 
 
 @click.group()
@@ -33,7 +37,7 @@ def install(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> No
     from daemon import unit_files
 
     target = _target(options, is_user=is_user, root=root)
-    warnings = [*unit_files.cautions(target), *_missing_server()]
+    warnings = [*unit_files.cautions(target), *_missing_server(), *_ends_at_logout(is_user=is_user)]
     if dry_run:
         files = {str(path): content for path, content in unit_files.render(target).items()}
         options.show({"files": files, "warnings": warnings}, lambda: _say_files(files))
@@ -94,6 +98,14 @@ def _missing_server() -> list[str]:
         "pip install 'dynlora[server]'"
     )
     return [sentence] if missing else []
+
+
+def _ends_at_logout(*, is_user: bool) -> list[str]:
+    """A sentence, if the user's own systemd ends with the last login."""
+    name = pwd.getpwuid(os.getuid()).pw_name
+    if not is_user or (_LINGERING_DIR / name).exists():
+        return []
+    return [f"these services end when {name} logs out; `loginctl enable-linger {name}` lets them go on"]
 
 
 def _say_files(files: dict[str, str]) -> None:

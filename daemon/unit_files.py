@@ -28,6 +28,7 @@ IPAddressAllow=localhost"""
 _CREDENTIAL = """\
 # The token, if there is one: /etc/credstore/dynlora-token, which only root need be able to read.
 LoadCredential=dynlora-token:dynlora-token"""
+_PLAIN = re.compile(r"[\w/.:+,=@-]+", re.ASCII)
 _PLACE = re.compile(r"@([a-z_]+)@")
 
 
@@ -75,7 +76,7 @@ def render(target: Target) -> dict[Path, str]:
         target.unit_dir / SOCKET_UNIT: _socket_unit(target),
     }
     if not target.is_user:
-        values = {"home": str(target.home)}
+        values = {"home": _word(target.home), "inbox": _word(target.home / "inbox")}
         files[target.root / "etc/sysusers.d/dynlora.conf"] = _fill("dynlora.sysusers", values)
         files[target.root / "etc/tmpfiles.d/dynlora.conf"] = _fill("dynlora.tmpfiles", values)
     return files
@@ -108,7 +109,7 @@ def _daemon_unit(target: Target) -> str:
         values["directories"] = _directories(target.home)
         values["hardening"] = _hardening(
             target,
-            paths=f"ReadWritePaths={target.home}",
+            paths=f"ReadWritePaths={_word(target.home)}",
             network="# Models are fetched by `dynlora init`, before; learning needs no network.",
         )
     return _unit(UNIT, target, values)
@@ -122,7 +123,7 @@ def _server_unit(target: Target) -> str:
             "user": "User=dynlora-serve\nGroup=dynlora-serve",
             "credential": _CREDENTIAL,
         }
-        hidden = " ".join(f"-{target.home / name}" for name in _NOT_SERVED)
+        hidden = " ".join(_word(f"-{target.home / name}") for name in _NOT_SERVED)
         values["hardening"] = _hardening(
             target,
             paths=f"InaccessiblePaths={hidden}",
@@ -139,8 +140,9 @@ def _socket_unit(target: Target) -> str:
 def _unit(name: str, target: Target, values: dict[str, str]) -> str:
     """A unit file with its own places filled, and those that several of them have."""
     common = {
-        "program": f"{target.python} -m daemon.cli",
-        "home": str(target.home),
+        "program": f"{_word(target.python)} -m daemon.cli",
+        "home": _word(target.home, is_argument=True),
+        "store": _word(target.home / "serving", is_argument=True),
         "target": "default.target" if target.is_user else "multi-user.target",
     }
     return re.sub(r"\n{3,}", "\n\n", _fill(name, common | values))
@@ -169,6 +171,19 @@ def _homes(target: Target) -> str:
 
 def _is_in(path: Path, folder: Path) -> bool:
     return path.absolute().is_relative_to(folder)
+
+
+def _word(path: Path | str, *, is_argument: bool = False) -> str:
+    """A path as one word of a unit file, whatever is in its name: systemd splits, unescapes and fills in.
+
+    Args:
+        is_argument: of a command, where variables are filled in, too.
+    """
+    text = str(path)
+    if _PLAIN.fullmatch(text):
+        return text
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text.replace("$", "$$") if is_argument else text}"'
 
 
 def _fill(name: str, values: Mapping[str, str]) -> str:

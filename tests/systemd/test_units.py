@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,62 @@ def test_systemd_finds_nothing_to_complain_of_in_the_units(written):
         ["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False
     )
     assert verify.stderr == ""
+
+
+@needs_systemd
+def test_a_users_systemd_finds_nothing_to_complain_of_either(tmp_path):
+    """Daemon, server and socket, from a folder whose name systemd would take apart if it were not quoted."""
+    folder = tmp_path / "my 100% folder"
+    folder.mkdir()
+    (folder / "python").symlink_to("/usr/bin/env")
+    target = Target(home=folder / "home", is_user=True, python=folder / "python")
+    units = []
+    for path, content in unit_files.render(target).items():
+        units.append(tmp_path / path.name)
+        units[-1].write_text(content)
+    verify = subprocess.run(
+        ["systemd-analyze", "--user", "verify", *units],
+        capture_output=True, text=True, check=False, env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
+    )  # fmt: skip
+
+    assert {path.name for path in units} == {UNIT, SERVE_UNIT, SOCKET_UNIT}
+    assert (verify.returncode, verify.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("home", "argument"),
+    [
+        ("/srv/d", "/srv/d"),
+        ("/srv/my home", '"/srv/my home"'),
+        ("/srv/50%", '"/srv/50%%"'),
+        ('/srv/a"b\\c$d', '"/srv/a\\"b\\\\c$$d"'),
+    ],
+)
+def test_a_home_of_any_name_is_one_argument(home, argument):
+    """Blanks, systemd's own placeholders, quotes, variables."""
+    for is_user in (True, False):
+        unit = unit_of(Target(home=Path(home), is_user=is_user, python=Path("/usr/bin/python3")))
+        assert f"\nExecStart=/usr/bin/python3 -m daemon.cli --home {argument} run\n" in unit
+    assert f"\nReadWritePaths={argument}\n".replace("$$", "$") in unit
+
+
+def test_with_user_all_units_go_into_ones_own_systemd_and_away_again(tmp_path, monkeypatch):
+    """The daemon, the server and its socket; no user is made, and nothing needs root."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    target, said = Target(home=Path("/srv/d"), is_user=True), []
+    written = systemd.install(target, said.append)
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        f"systemd/user/{name}" for name in (UNIT, SERVE_UNIT, SOCKET_UNIT)
+    ]
+    assert said == [["systemctl", "--user", "daemon-reload"]]
+    service = (tmp_path / "systemd/user" / SERVE_UNIT).read_text()
+    assert "Requires=dynlora-serve.socket" in service
+    assert "--store /srv/d/serving" in service
+    assert "SocketGroup" not in (tmp_path / "systemd/user" / SOCKET_UNIT).read_text()
+
+    said.clear()
+    assert systemd.uninstall(target, said.append) == written
+    assert said[0] == ["systemctl", "--user", "disable", "--now", UNIT, SERVE_UNIT, SOCKET_UNIT]
 
 
 def test_a_newer_systemd_gets_notify_reload_and_an_older_one_the_signal():
@@ -168,6 +225,22 @@ def test_a_dry_run_prints_what_would_be_written_and_changes_nothing(tmp_path):
         "dynlora.conf",
         UNIT,
     ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_for_a_user_prints_the_three_units_and_how_they_outlive_a_logout(tmp_path):
+    """For the home that --home names, whatever its name."""
+    command = [sys.executable, "-m", "daemon.cli", "--home", str(tmp_path / "my home")]
+    command += ["systemd", "install", "--user", "--dry-run", "--json"]
+    environment = os.environ | {"XDG_CONFIG_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, env=environment)
+    document = json.loads(done.stdout)
+
+    folder = tmp_path / "systemd/user"
+    assert list(document["files"]) == [str(folder / name) for name in (UNIT, SERVE_UNIT, SOCKET_UNIT)]
+    assert f'--home "{tmp_path}/my home" run\n' in document["files"][str(folder / UNIT)]
+    lingers = (Path("/var/lib/systemd/linger") / pwd.getpwuid(os.getuid()).pw_name).exists()
+    assert any("loginctl enable-linger" in sentence for sentence in document["warnings"]) != lingers
     assert list(tmp_path.iterdir()) == []
 
 
