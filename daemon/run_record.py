@@ -3,6 +3,7 @@
 Names and numbers only: no image, no weight, no file's name. Knows nothing of MLflow but its limits.
 """
 
+import hashlib
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from deploy.manifest import GRAPH_NAMES, WEIGHTS_NAME, Decision
 from deploy.store_reader import StoreReader
 
 LONGEST = 500  # characters of a value, which servers of all ages take
+DECIDED_AT = "dynlora.decided_at"
+_KEY = "dynlora.key"
 _FIGURES = ("negative_flip_rate", "mean_image_cosine", "mean_text_cosine")
 _NORMS = ("delta_norm", "drift_norm")
 _TOWERS = ("vision", "text")
@@ -43,10 +46,17 @@ class RunRecord:
     figures: dict[str, float]  # known at the end
     curve: list[Point] = field(default_factory=list)
 
+    def goes_on_from(self, tags: Mapping[str, str]) -> bool:
+        """Whether this is the decision that a run with these tags tells of, or a promotion of that batch.
+
+        After a retry it is not: then another update was learnt.
+        """
+        return self.tags["dynlora.decision"] == "promoted" or tags.get(DECIDED_AT) == self.tags[DECIDED_AT]
+
     @property
     def identity(self) -> dict[str, str]:
-        """The tags that say which batch of which home it is."""
-        return {key: self.tags[key] for key in ("dynlora.home", "dynlora.batch")}
+        """The tag that no other batch has, wherever its home may be moved."""
+        return {_KEY: self.tags[_KEY]}
 
 
 def gather_run(home: Path, note: Note) -> RunRecord | None:
@@ -67,7 +77,7 @@ def gather_run(home: Path, note: Note) -> RunRecord | None:
         ended_at=ended_at,
         has_failed=note.decision == "failed",
         params=_cut(_params(note, batch, plan, draft)),
-        tags=_cut(_tags(home, note, directory, draft) | _content(batch)),
+        tags=_cut(_tags(home, note, directory, draft) | _content(note, batch)),
         figures=_figures(draft) | _times(batch, report, ended_at, is_live=note.version is not None),
         curve=curve,
     )
@@ -135,14 +145,22 @@ def _tags(home: Path, note: Note, directory: Path, draft: Mapping[str, Any]) -> 
         "dynlora.home": f"{socket.gethostname()}:{home.absolute()}",
         "dynlora.batch": note.batch,
         "dynlora.decision": note.decision,
+        DECIDED_AT: note.at,
         "dynlora.reason": note.why or _rules(directory, draft),
         "dynlora.version": note.version,
         **{f"dynlora.{name}.sha256": value for name, value in sha256.items()},
     }
 
 
-def _content(batch: Batch | None) -> dict[str, Any]:
-    return {} if batch is None else {"dynlora.content.sha256": batch.content_sha256}
+def _content(note: Note, batch: Batch | None) -> dict[str, Any]:
+    if batch is None:
+        return {_KEY: _sha256(note.batch, note.at)}
+    key = _sha256(batch.id, batch.received_at, batch.content_sha256)
+    return {_KEY: key, "dynlora.content.sha256": batch.content_sha256}
+
+
+def _sha256(*words: str) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
 def _rules(directory: Path, draft: Mapping[str, Any]) -> str | None:
@@ -211,5 +229,5 @@ def _listed(names: Sequence[str]) -> str:
 
 def _cut(values: Mapping[str, Any]) -> dict[str, str]:
     """As text, without what is not known."""
-    shown = {key: str(value) for key, value in values.items() if value is not None}
+    shown = {key: str(value) for key, value in values.items() if value not in (None, "")}
     return {key: text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for key, text in shown.items()}

@@ -105,7 +105,7 @@ class Tracking:
             for batch_id in list(self._unwritten):
                 write_note(self._home, self._unwritten[batch_id])
                 del self._unwritten[batch_id]
-        self._waiting = noted(self._home)
+            self._waiting = noted(self._home)
 
     def _start(self) -> None:
         """Raises TrackingError where there is no client."""

@@ -4,14 +4,15 @@
 
 `daemon.tracking` starts it, hears it, and kills it when it takes too long. The only file that imports
 mlflow, which takes seconds and may wait for a server for minutes. Killed anywhere, it is done again: a run
-gets its last tag when it is whole, and one without that tag is deleted and made anew.
+gets its last tag when it is whole, and one without that tag, or from before a retry, is deleted and made
+anew.
 """
 
 import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ _ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",  # it needs no git
 }
 _WHOLE = "dynlora.is_whole"
-_AT_ONCE = 100  # values in one request, which servers of all ages take
+_AT_ONCE = 100  # parameters or tags in one request, which servers of all ages take
+_METRICS_AT_ONCE = 500
 _LONGEST_WHY = 300  # characters
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
@@ -69,7 +71,7 @@ def _log_all(options: argparse.Namespace, outlet: Outlet) -> None:
             outlet.say("gone", batch=batch_id)
             continue
         try:
-            run_id = log_run(client, experiment, record)
+            run_id = log_run(client, experiment, record, sign=lambda: outlet.phase("log"))
         except MlflowException as error:
             if error.error_code not in _REFUSALS:
                 raise
@@ -78,31 +80,36 @@ def _log_all(options: argparse.Namespace, outlet: Outlet) -> None:
             outlet.say("logged", batch=batch_id, decision=note.decision, run=run_id)
 
 
-def log_run(client: Any, experiment: str, record: RunRecord) -> str:
-    """Make the run of one batch, or bring it up to date where a whole one is there; returns its id."""
-    words = " and ".join(f"tags.`{key}` = '{_quoted(value)}'" for key, value in record.identity.items())
+def log_run(client: Any, experiment: str, record: RunRecord, *, sign: Callable[[], None]) -> str:
+    """Make the run of one batch, or bring it up to date where a whole one is there; returns its id.
+
+    Args:
+        sign: called after every request that took some of it, as a sign of progress.
+    """
+    words = " and ".join(f"tags.`{key}` = '{value}'" for key, value in record.identity.items())
     found = client.search_runs([experiment], words)
-    whole = next((run.info.run_id for run in found if _WHOLE in run.data.tags), None)
+    known = next(
+        (run for run in found if _WHOLE in run.data.tags and record.goes_on_from(run.data.tags)), None
+    )
     for run in found:
-        if run.info.run_id != whole:
+        if run is not known:
             client.delete_run(run.info.run_id)
-    if whole is None:
-        whole = _new_run(client, experiment, record)
-    else:  # a held batch that was promoted since, say
-        known = next(run for run in found if run.info.run_id == whole).data.params
-        _log(client, whole, params={k: v for k, v in record.params.items() if k not in known})
-        _log(client, whole, tags=record.tags)
+    if known is None:
+        whole = _new_run(client, experiment, record, sign)
+    else:
+        whole = str(known.info.run_id)
+        new = {key: value for key, value in record.params.items() if key not in known.data.params}
+        _log(client, whole, params=new, tags=record.tags)
     client.set_tag(whole, _WHOLE, "true")
-    return str(whole)
+    return whole
 
 
-def _new_run(client: Any, experiment: str, record: RunRecord) -> str:
+def _new_run(client: Any, experiment: str, record: RunRecord, sign: Callable[[], None]) -> str:
     from mlflow.entities import Metric
 
     run = client.create_run(experiment, _ms(record.started_at), tags=record.identity, run_name=record.name)
     run_id = str(run.info.run_id)
-    _log(client, run_id, params=record.params)
-    _log(client, run_id, tags=record.tags)
+    _log(client, run_id, params=record.params, tags=record.tags)
     curve = [
         Metric(name, value, _ms(point.at), point.step)
         for point in record.curve
@@ -111,8 +118,9 @@ def _new_run(client: Any, experiment: str, record: RunRecord) -> str:
     last = record.curve[-1].step if record.curve else 0
     final = [Metric(name, value, _ms(record.ended_at), last) for name, value in record.figures.items()]
     metrics = [metric for metric in (*curve, *final) if math.isfinite(metric.value)]
-    for start in range(0, len(metrics), _AT_ONCE):
-        client.log_batch(run_id, metrics=metrics[start : start + _AT_ONCE])
+    for start in range(0, len(metrics), _METRICS_AT_ONCE):
+        client.log_batch(run_id, metrics=metrics[start : start + _METRICS_AT_ONCE])
+        sign()
     client.set_terminated(run_id, "FAILED" if record.has_failed else "FINISHED", _ms(record.ended_at))
     return run_id
 
@@ -141,10 +149,6 @@ def _experiment(client: Any, name: str) -> str:
 
 def _ms(moment: float) -> int:
     return int(1000 * moment)
-
-
-def _quoted(value: str) -> str:
-    return value.replace("'", "\\'")
 
 
 def _why(error: BaseException) -> str:

@@ -4,15 +4,19 @@ import contextlib
 import json
 import os
 import socket
+import sqlite3
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
 from daemon.config import MlflowConfig, read_config
 from daemon.errors import ConfigError
 from daemon.run_notes import Note, noted, write_note
+from daemon.run_record import gather_run
+from daemon.spool import Spool
 from daemon.tracking import Tracking
 from tests.daemon.running.conftest import QUICK, Bench
 from tests.daemon.runs import runs_of
@@ -155,22 +159,48 @@ def test_a_batch_is_logged_once_however_often_it_is_tried(home, tmp_path, make):
     assert run.tags["dynlora.decision"] == "promoted"
     assert run.params["version"] == "1"
     assert len(run.metrics["exam.new.accuracy_after"]) == 1
-    _forget_that_it_is_whole(path)
-    write_note(home, Note(batch="000001-cups", decision="held", at="2030-01-01T00:00:00+00:00"))
-    tracking._waiting = None
-    tick_until(tracking, lambda: noted(home) == [])
-    [again] = runs_of(path)
-    assert again.tags["dynlora.decision"] == "held"
-    assert len(again.metrics["exam.new.accuracy_after"]) == 1
-
-
-def _forget_that_it_is_whole(path):
-    import sqlite3
-    from contextlib import closing
-
+    [*_, first] = _ids(path)
     with closing(sqlite3.connect(path)) as database:
         database.execute("delete from tags where key = 'dynlora.is_whole'")
         database.commit()
+    write_note(
+        home, Note(batch="000001-cups", decision="promoted", at="2030-01-01T00:00:00+00:00", version=1)
+    )
+    tracking._waiting = None
+    tick_until(tracking, lambda: noted(home) == [])
+    [again] = runs_of(path)
+    assert again.params == run.params
+    assert len(again.metrics["exam.new.accuracy_after"]) == 1
+    assert first not in _ids(path)
+
+
+def _ids(path):
+    with closing(sqlite3.connect(path)) as database:
+        return [
+            row[0] for row in database.execute("select run_uuid from runs where lifecycle_stage = 'active'")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("logged", "now", "is_it"),
+    [
+        (("held", 1), ("held", 1), True),
+        (("held", 1), ("promoted", 2), True),
+        (("failed", 1), ("published", 2), False),
+        (("held", 1), ("held", 2), False),
+    ],
+)
+def test_a_retry_is_told_anew_and_a_promotion_added(tmp_path, logged, now, is_it):
+    """What was learnt after a retry has other figures; what was promoted has those of when it was held."""
+    records = []
+    Spool(tmp_path).create()
+    (tmp_path / "spool" / "held" / "000001-cups").mkdir()
+    for decision, minute in (logged, now):
+        note = Note(batch="000001-cups", decision=decision, at=f"2026-11-25T12:0{minute}:00+00:00")
+        records.append(gather_run(tmp_path, note))
+    first, second = records
+
+    assert second.goes_on_from(first.tags) is is_it
 
 
 def test_a_server_that_hangs_delays_no_batch_and_is_told_once(home, hanging):
