@@ -18,7 +18,7 @@ from typing import Any
 
 from daemon.child import Outlet, die_with_parent
 from daemon.run_notes import noted, read_note
-from daemon.run_record import RunRecord, gather_run
+from daemon.run_record import DECIDED_AT, RunRecord, gather_run
 from daemon.supervisor import EXIT_DONE, EXIT_FAILED
 
 HINT = "pip install 'dynlora[mlflow]'"
@@ -100,6 +100,10 @@ def log_run(client: Any, experiment: str, record: RunRecord, *, sign: Callable[[
         whole = str(known.info.run_id)
         new = {key: value for key, value in record.params.items() if key not in known.data.params}
         _log(client, whole, params=new, tags=record.tags)
+        if (
+            known.data.tags.get(DECIDED_AT) != record.tags[DECIDED_AT]
+        ):  # graded again: the latest value counts
+            client.log_batch(whole, metrics=_final(record))
     client.set_tag(whole, _WHOLE, "true")
     return whole
 
@@ -114,15 +118,23 @@ def _new_run(client: Any, experiment: str, record: RunRecord, sign: Callable[[],
         Metric(name, value, _ms(point.at), point.step)
         for point in record.curve
         for name, value in (("loss", point.loss), ("kept_rank", point.kept_rank))
+        if math.isfinite(value)
     ]
-    last = record.curve[-1].step if record.curve else 0
-    final = [Metric(name, value, _ms(record.ended_at), last) for name, value in record.figures.items()]
-    metrics = [metric for metric in (*curve, *final) if math.isfinite(metric.value)]
+    metrics = [*curve, *_final(record)]
     for start in range(0, len(metrics), _METRICS_AT_ONCE):
         client.log_batch(run_id, metrics=metrics[start : start + _METRICS_AT_ONCE])
         sign()
     client.set_terminated(run_id, "FAILED" if record.has_failed else "FINISHED", _ms(record.ended_at))
     return run_id
+
+
+def _final(record: RunRecord) -> list[Any]:
+    """The figures that are known at the end, as metrics of the last step."""
+    from mlflow.entities import Metric
+
+    last = record.curve[-1].step if record.curve else 0
+    known = {name: value for name, value in record.figures.items() if math.isfinite(value)}
+    return [Metric(name, value, _ms(record.ended_at), last) for name, value in known.items()]
 
 
 def _log(client: Any, run_id: str, **values: Mapping[str, str]) -> None:
@@ -136,7 +148,7 @@ def _log(client: Any, run_id: str, **values: Mapping[str, str]) -> None:
 
 
 def _experiment(client: Any, name: str) -> str:
-    """The experiment's id; made where it is missing, brought back where it was deleted."""
+    """The experiment's id; made where it is missing. Raises ValueError where it was deleted."""
     found = client.get_experiment_by_name(name)
     if found is None:
         return str(client.create_experiment(name))
