@@ -1,0 +1,68 @@
+"""What a vision tower answers to images in general: mean and covariance of its embeddings, no image.
+
+A class that is learnt must stand above other names on its own images, and on no others. Others are not at
+hand, and need not be: two moments say where they lie. They are numbers of the model, as the running
+statistics of a normalisation layer are, made once from images of the kind it was trained on.
+D is the width of the embeddings.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dynlora.errors import ModelError
+
+_SHRINKAGE = 0.05  # of the covariance towards an even one: directions nobody has seen are not impossible
+
+
+@dataclass(frozen=True)
+class ImageMoments:
+    """Mean (D,) and covariance (D, D) of unit embeddings of images, float32."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, embeddings: Tensor) -> Self:
+        """The moments of (N, D) unit embeddings, N >= 2."""
+        assert embeddings.ndim == 2 and len(embeddings) >= 2, embeddings.shape
+        return cls(embeddings.mean(0), torch.cov(embeddings.T))
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, D) unit vectors, distributed as embeddings of images are."""
+        noise = torch.randn(count, len(self.mean), generator=generator)
+        return F.normalize(self.mean + noise @ self._root.T, dim=-1)
+
+    @property
+    def _root(self) -> Tensor:
+        width = len(self.mean)
+        even = torch.eye(width) * (self.covariance.trace() / width)
+        return torch.linalg.cholesky(self.covariance + _SHRINKAGE * even + 1e-9 * torch.eye(width))
+
+    def save(self, path: Path) -> None:
+        """Write a .safetensors file."""
+        save_file({"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()}, path)
+
+    @classmethod
+    def load(cls, path: Path, *, width: int) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: the file is damaged, or belongs to a model of another width.
+        """
+        try:
+            tensors = load_file(path)
+            moments = cls(tensors["mean"].float(), tensors["covariance"].float())
+        except (SafetensorError, KeyError, OSError) as error:
+            raise ModelError(f"cannot read the image moments in {path}: {error}") from error
+        if moments.mean.shape != (width,) or moments.covariance.shape != (width, width):
+            raise ModelError(
+                f"{path} has image moments of width {len(moments.mean)}; the model's embeddings have {width}"
+            )
+        return moments
