@@ -26,6 +26,7 @@ from daemon.curve import CurveWriter, Point
 from daemon.errors import WorkerError
 from daemon.examine import Examiner, load_pixels
 from daemon.founding import software_versions
+from daemon.general import image_moments
 from daemon.grading import Grading, Stopwatch
 from daemon.plan import Plan, seed_of, settle_plan, stored_plan
 from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
@@ -92,6 +93,7 @@ def adapt_batch(
         before = examiner.ask(live)
     with watch.stage("decode", is_told=False):
         task = load_task(batch, work_dir, Preprocessing.load(parent_dir / PREPROCESSOR_NAME), classes)
+        task = replace(task, moments=image_moments(home, parent_manifest.embed_dim))
     with watch.stage("train"):  # with the choice of how: it takes as long as a few steps
         if stored is None:
             plan = _with_trials(plan, clip, task, config)

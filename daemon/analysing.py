@@ -5,7 +5,7 @@ Reads the home and writes only where it is told to; the daemon may go on meanwhi
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from daemon.child import Outlet
 from daemon.compose import Known
 from daemon.config import Config
 from daemon.errors import BatchError
+from daemon.general import image_moments
 from daemon.spool import Spool
 from daemon.submit import looked_at
 from deploy import atomic
@@ -66,6 +67,7 @@ def analyze_batch(home: Path, wanted: Wanted, config: Config, *, outlet: Outlet)
     known = load_classes(version_dir).classes
     with _batch(home, wanted.source, config) as (base, batch):
         task, held_out = _task(batch, base, preprocessing, known)
+        task = replace(task, moments=image_moments(home, manifest.embed_dim))
     probe = None
     if wanted.probe:
         with _batch(home, str(wanted.probe), config) as (base, batch):

@@ -26,10 +26,22 @@ HELD, FAILED = 3, 1
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A file of class names to know from the start, one per line.",
 )
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of any photographs, read once: they tell learning what the model answers in general. The "
+    "bundled model needs none.",
+)
 @common_options
 @pass_options
 def init(
-    options: Options, home: Path | None, model: str, *, pretrained: str | None, classes_path: Path | None
+    options: Options,
+    home: Path | None,
+    model: str,
+    *,
+    pretrained: str | None,
+    classes_path: Path | None,
+    images: Path | None,
 ) -> None:
     """Make a home and publish version 0."""
     from daemon.events import EventLog
@@ -52,6 +64,7 @@ def init(
     arguments = ["init", "--home", str(home), "--model", model]
     arguments += ["--pretrained", pretrained] if pretrained else []
     arguments += ["--classes", str(classes_path)] if classes_path else []
+    arguments += ["--images", str(images)] if images else []
     with HomeLock(home), showing() as view:
         run_worker(home, arguments, view)
         logs.log("initialised", home=str(home))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from daemon import general
 from daemon.errors import ConfigError
 from deploy import atomic
 from deploy.export import REFERENCE_TEXTS, export_graphs, reference_outputs, state_arrays
@@ -46,17 +47,31 @@ class Phases(Protocol):
 
 
 def found_store(
-    home: Path, model: str, pretrained: str | None, classes_file: Path | None, *, outlet: Phases
+    home: Path,
+    model: str,
+    pretrained: str | None,
+    classes_file: Path | None,
+    *,
+    images: Path | None = None,
+    outlet: Phases,
 ) -> int:
     """Export the graphs, write weights and class names, verify, publish as version 0; returns 0.
 
+    Args:
+        images: a folder of any images, which say what the model answers in general (`daemon.general`).
+
     Raises:
-        ConfigError: the classes file is missing, empty, or names a class twice.
+        ConfigError: the classes file is missing, empty, or names a class twice; or `images` holds too few.
         ModelError: the model cannot be loaded or adapted.
         DeployError: the export or its verification failed; nothing was published.
     """
     entries = read_class_names(classes_file) if classes_file else ()
     clip = load_clip(model, pretrained)
+    if images:
+        outlet.phase("look")
+        general.keep_of_folder(home, clip, images)
+    elif model == "bundled" and pretrained is None:
+        general.keep_bundled(home)
     store = VersionStore(home / "serving")
     store.create()
     staging = store.stage("initial")

@@ -5,7 +5,7 @@ The only way into torch from the daemon. It can be killed or run out of memory w
 and it dies with its parent. What it says goes to stdout as JSON lines (`daemon.supervisor` reads them); what
 it leaves is in the batch's directory and in the store's staging directory.
 
-    python -m daemon.worker init  --home HOME --model bundled|ARCH [--pretrained TAG|FILE] [--classes FILE]
+    python -m daemon.worker init  --home HOME --model bundled|ARCH [--pretrained TAG|FILE] [--classes FILE] [--images DIR]
     python -m daemon.worker adapt --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker promote|revert --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker rebuild --home HOME --version N
@@ -85,7 +85,14 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
         if options.command == "init":
             from daemon.founding import found_store
 
-            found_store(options.home, options.model, options.pretrained, options.classes, outlet=outlet)
+            found_store(
+                options.home,
+                options.model,
+                options.pretrained,
+                options.classes,
+                images=options.images,
+                outlet=outlet,
+            )
         elif options.command in ("promote", "revert"):
             _revise(options, outlet)
             return EXIT_DONE
@@ -204,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--model", default="bundled")
     init.add_argument("--pretrained")
     init.add_argument("--classes", type=Path)
+    init.add_argument("--images", type=Path)
     for name in ("adapt", "promote", "revert"):
         of_batch = commands.add_parser(name)
         of_batch.add_argument("--home", type=Path, required=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dynlora.errors import CheckpointError
 from dynlora.settings import Settings
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # Adam's, with the number of steps that a parameter took part in
 _META = "meta"  # a uint8 tensor of JSON
 
 
@@ -69,6 +69,5 @@ def unpack(
         for index, parameter in enumerate(parameters):
             parameter.copy_(tensors[f"{index}.value"])
             if f"{index}.exp_avg" in tensors:
-                moments = {name: tensors[f"{index}.{name}"] for name in _MOMENTS}
-                state[parameter] = {"step": torch.tensor(float(step)), **moments}
+                state[parameter] = {name: tensors[f"{index}.{name}"] for name in _MOMENTS}
     return step, loss

@@ -24,6 +24,7 @@ from dynlora.tokenizer import TOKENIZER_NAME, FileTokenizer, read_published, rea
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 BUNDLED_CONFIG = BUNDLED_DIR / "small-clip-64.json"
 BUNDLED_WEIGHTS = BUNDLED_DIR / "open_clip_model.safetensors"
+BUNDLED_MOMENTS = BUNDLED_DIR / "image_moments.safetensors"  # see dynlora/moments.py
 _SCHEMES = ("hf-hub:", "local-dir:")
 
 

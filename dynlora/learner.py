@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dynlora import attach, checkpoint
+from dynlora import attach, checkpoint, spectrum
 from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.errors import Interrupted
@@ -98,7 +98,7 @@ def adapt(
     hooks = hooks or Hooks()
     objective = build_objective(clip, task, settings, seed=seed)
     with attach.attached(clip.model, settings.rank, only=only) as sites:
-        attach.reset(sites, seed=seed, random_importance=settings.random_importance)
+        attach.reset(sites, seed=seed, random_importance=settings.gates == "random")
         run = _Run(sites, objective, settings, steps=settings.steps_for(len(task.labels)), seed=seed)
         if hooks.resume_from is not None:
             run.restore(hooks.resume_from)
@@ -147,6 +147,8 @@ class _Run:
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * decay
+        if self.settings.gates == "spectrum" and self.step == self.schedule.ramp.start:
+            self._span_anew()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective.loss(self.step)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -160,6 +162,13 @@ class _Run:
             self._threshold()
         self.step += 1
         self.loss = float(loss.detach())
+
+    def _span_anew(self) -> None:
+        """Turn gates into the singular values of what the dense steps learnt; Adam starts anew with them."""
+        settings = self.settings
+        assert settings.kappa_total, "the thresholds of a spectrum add up to a known sum"
+        spectrum.respan([site.lora for site in self.sites], settings.pruned_energy, settings.kappa_total)
+        self.optimizer.state.clear()
 
     def _threshold(self) -> None:
         kappa = self.schedule.kappa(self.step)

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dynlora.errors import ModelError
@@ -45,13 +45,13 @@ class ImageMoments:
         even = torch.eye(width) * (self.covariance.trace() / width)
         return torch.linalg.cholesky(self.covariance + _SHRINKAGE * even + 1e-9 * torch.eye(width))
 
-    def save(self, path: Path) -> None:
-        """Write a .safetensors file."""
-        save_file({"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()}, path)
+    def content(self) -> bytes:
+        """A .safetensors file that `load` reads."""
+        return save({"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()})
 
     @classmethod
     def load(cls, path: Path, *, width: int) -> Self:
-        """Read what `save` wrote.
+        """Read a file of `content`.
 
         Raises:
             ModelError: the file is damaged, or belongs to a model of another width.

@@ -1,16 +1,16 @@
-"""The default objective: new classes rise above what is known, and what is known stays where it is.
+"""The default objective: new classes stand above what is known, and what is known stays where it is.
 
-The published loss says nothing about names outside the batch, and nothing at all for one class alone. Here
-every step also looks at names that are not in the batch (those known before, and a fixed bank of everyday
-ones), as text only, and at stand-in images made out of the batch's own: no image of the past is needed.
+Before the first step `dynlora.aiming` looks for the place where each new class's text should lie, given what
+the model sees in its images. The steps then move the text tower until its answers lie there; names that are
+not in the batch (those known before, and a fixed bank of everyday ones) are held where they were. No image of
+the past is needed or kept.
 
-    supervised  cross-entropy image→text over the batch's classes; 0 for one class alone
-    rise        each image's own class above all other names, which do not move: softplus(lse(others) − own)
-    hold        text embeddings of known and bank names stay where the previous model had them, known most
-    apart       a new name comes no closer to other names than the previous model had it
-    aloof       nor to where images of those names must lie: it rises on its own images, not everywhere
-    look        embeddings of the batch's images, and of stand-ins, stay near the previous model's
+    aim     text embeddings of the batch's classes lie at their targets
+    hold    text embeddings of known and bank names stay where the previous model had them, known most
+    sharpen cross-entropy image→text at the targets, in which only the vision tower moves
+    look    embeddings of the batch's images, and of stand-ins, stay near the previous model's
 
+The last two look at images, which cost most of a step: only every `image_every`th step does.
 Shapes: B images of a step, C classes of the task, K known names, S names in all, D embedding width.
 """
 
@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynlora import augment, prompts
+from dynlora.aiming import Aim
 from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.encoders import Encoders
+from dynlora.moments import ImageMoments
 from dynlora.names import same_name_key
 from dynlora.sampling import BatchSampler, generator_for
 from dynlora.settings import Settings
@@ -50,6 +52,7 @@ class RetainingObjective:
         self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
         self.batches = BatchSampler(len(task.labels), settings.batch_size, seed=seed)
         self._draw_images(generator_for(seed, -1))
+        self.targets = self._find_targets(generator_for(seed, -1_000_000))
 
     def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
         """Towers at their own pace, gates at a multiple of it."""
@@ -67,28 +70,27 @@ class RetainingObjective:
     def loss(self, step: int) -> Tensor:
         """The weighted sum of the terms."""
         s, generator = self.settings, generator_for(self.seed, -2 - step)
-        image = self.batches.at(step)
-        labels = self.task.labels[image]
+        chosen = self._choose_names(generator)  # (own + others,), own first
+        texts = self.encoders.texts(self.prompts.rows(chosen))
+        own, held = texts[: self.own], texts[self.own :]
+        weight = self._weight(len(held))
+        loss = s.aim * _moved(own, self.targets).mean()
+        loss = loss + s.hold * (weight * _moved(held, self.before[chosen[self.own :]])).sum() / weight.sum()
+        if s.image_every and step % s.image_every == 0:
+            loss = loss + self._image_loss(step, self.before[chosen[self.own :]], generator)
+        return loss
+
+    def _image_loss(self, step: int, others: Tensor, generator: torch.Generator) -> Tensor:
+        s = self.settings
+        image = self.batches.at(step // s.image_every)
         view = torch.randint(s.views, image.shape, generator=generator)
         other = torch.randperm(len(self.stand_ins), generator=generator)[: s.stand_ins_per_step]
         pixels = torch.cat([self.views.render(self.task.pixels, image, view), self.stand_ins[other]])
         images = self.encoders.images(pixels)  # (B + stand-ins, D)
         images_before = torch.cat([self.seen_before[view, image], self.stand_ins_before[other]])
-        chosen = self._choose_names(generator)  # (own + others,), own first
-        texts = self.encoders.texts(self.prompts.rows(chosen))
-        own, held = texts[: self.own], texts[self.own :]
-        held_before = self.before[chosen[self.own :]]
-        of_batch = images[: len(labels)]
-        rise = self._rise(of_batch.detach(), own[labels], held_before)
-        if self.own > 1:
-            loss = s.rise * rise + F.cross_entropy(self.scale * of_batch @ own.T, labels)
-        else:
-            loss = s.rise * s.rise_alone_factor * rise
-        weight = self._weight(len(held))
-        loss = loss + s.hold * (weight * _moved(held, held_before)).mean()
-        loss = loss + s.apart * self._closer(own, held_before) @ weight
-        loss = loss + s.aloof * self._closer(own, F.normalize(held_before + self.gap, dim=-1)) @ weight
-        return loss + s.look * _moved(images, images_before).mean()
+        logits = self.scale * images[: len(image)] @ torch.cat([self.targets, others]).T
+        sharpen = F.cross_entropy(logits, self.task.labels[image])
+        return s.sharpen * sharpen + s.look * _moved(images, images_before).mean()
 
     def choose_scale(self, sites: list[Site]) -> float:
         """The share of the update that tells the tuning images apart best; all of it without any.
@@ -113,18 +115,6 @@ class RetainingObjective:
         images = torch.cat([self.encoders.images(part) for part in parts])
         logits = self.scale * images @ self._encode_all().T
         return float(F.cross_entropy(logits, self.task.tune_labels))
-
-    def _rise(self, images: Tensor, own: Tensor, others: Tensor) -> Tensor:
-        """How far each image's own class is from standing above the others by the margin; (B, D), (N, D)."""
-        logits = self.scale * (images * own).sum(-1)
-        highest = torch.logsumexp(self.scale * images @ others.T, dim=-1)
-        return F.softplus(highest + self.settings.margin - logits).mean()
-
-    def _closer(self, own: Tensor, others_before: Tensor) -> Tensor:
-        """Squared growth of the new names' cosines to other names or images; (C, D), (N, D) → (N,)."""
-        before = self.before[: self.own] @ others_before.T
-        growth = F.relu(own @ others_before.T - before.clamp(min=0))
-        return growth.square().mean(0)
 
     def _choose_names(self, generator: torch.Generator) -> Tensor:
         """The batch's own names, and a sample of known and of bank names."""
@@ -155,9 +145,14 @@ class RetainingObjective:
                 [self.encoders.images(part) for part in torch.split(self.stand_ins, _IMAGES_AT_ONCE)]
             )
 
-        # CLIP keeps images and texts in two clouds. A name's text, shifted from one cloud to the other,
-        # stands for the images of that name that nobody has any more.
-        self.gap = self.seen_before.mean((0, 1)) - self.before[self.own :].mean(0)
+    def _find_targets(self, generator: torch.Generator) -> Tensor:
+        """Where the batch's classes should lie, (C, D)."""
+        images = self.seen_before.flatten(0, 1)
+        general = self.task.moments or ImageMoments.of(torch.cat([images, self.stand_ins_before]))
+        aim = Aim(self.scale, self.settings.guard, self.settings.margin)
+        labels = self.task.labels.repeat(self.settings.views)
+        own, others = self.before[: self.own], self.before[self.own :]
+        return aim.targets(images, labels, own, others, general, generator)
 
     def _view_before(self, image: Tensor, view: int) -> Tensor:
         pixels = self.views.render(self.task.pixels, image, torch.full_like(image, view))

@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 from dynlora.errors import DynloraError
 from dynlora.rank import Operator, Ramp, Schedule
 
+Gates = Literal["random", "ones", "spectrum"]
+
 
 class SettingsError(DynloraError):
     """A setting has a value that cannot work."""
@@ -33,17 +35,18 @@ class Settings:
     settle_fraction: float = 0.0  # share of the steps after the ramp, in which what survived goes on learning
     threshold: Operator = "paper"
     stairs: Ramp = "equal"  # of the ramp
-    random_importance: bool = True  # gates start at N(0, 1) as published, else all at 1
+    gates: Gates = "random"  # where they start: N(0, 1) as published, all at 1, or later at singular values
+    pruned_energy: float = 0.1  # share of ‖ΔW‖² below the threshold, with gates from the spectrum
 
     # Of the default objective only (dynlora/retaining.py says what the weights weigh).
     vision_learning_rate: float | None = None  # None: as the text tower's
     gate_learning_rate_factor: float = 1.0  # gates learn so many times faster than lora_A and lora_B
-    rise: float = 1.0
-    rise_alone_factor: float = 2.5  # for one class dropped alone: nothing else teaches it
-    margin: float = 0.0  # logits a new class is to stand above all others
+    aim: float = 20.0
+    guard: float = 3.0  # weight of a target's staying below other names on images in general
+    margin: float = 2.0  # by so many logits
     hold: float = 60.0
-    apart: float = 20.0
-    aloof: float = 0.5
+    image_every: int = 4  # steps; 0: the vision tower learns nothing
+    sharpen: float = 1.0
     look: float = 20.0
     known_factor: float = 8.0  # a known name weighs as much as so many of the bank
     names_per_step: int = 48  # known names, and bank names, looked at in a step
@@ -112,6 +115,7 @@ PAPER = Settings()
 REFERENCE = Settings(threshold="reference", stairs="reference")
 DEFAULT = Settings(
     objective="default",
+    gates="spectrum",
     steps=None,
     batch_size=24,
     learning_rate=3e-3,

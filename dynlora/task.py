@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynlora.errors import TaskError
+from dynlora.moments import ImageMoments
 from dynlora.prompts import DEFAULT_TEMPLATE
 
 
@@ -28,6 +29,7 @@ class Task:
     pixels: (N, 3, H, W) float32, preprocessed as for serving; labels: (N,) int64 into `classes`.
     tune_pixels, tune_labels: held out of training, for choices such as the size of the update; may be empty.
     known: names learnt or given before, less this task's own.
+    moments: what the vision tower answers to images in general; None: taken from the task's own images.
     """
 
     classes: Sequence[Name]
@@ -36,6 +38,7 @@ class Task:
     tune_pixels: Tensor = field(default_factory=lambda: torch.empty(0))
     tune_labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     known: Sequence[Name] = ()
+    moments: ImageMoments | None = None
 
     def __post_init__(self) -> None:
         for what, pixels, labels in (

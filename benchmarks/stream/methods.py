@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dynlora import Adaptation, Clip, Hooks, Settings, Task, adapt, preset
+from dynlora.clip import BUNDLED_MOMENTS
+from dynlora.moments import ImageMoments
 
 Params = dict[str, float]
 
@@ -60,15 +62,21 @@ class LowRank:
 
     is_joint = False
 
-    def __init__(self, name: str, grid: tuple[Params, ...], settings: Callable[[Params], Settings]) -> None:
-        self.name, self.grid, self._settings = name, grid, settings
+    def __init__(
+        self,
+        name: str,
+        grid: tuple[Params, ...],
+        settings: Callable[[Params], Settings],
+        moments: ImageMoments | None = None,
+    ) -> None:
+        self.name, self.grid, self._settings, self._moments = name, grid, settings, moments
 
     def learn(self, clip: Clip, task: Task, budget: Budget, params: Params, *, seed: int) -> Lesson:
         """Adapt and fold."""
         settings = replace(self._settings(params), steps=budget.steps, batch_size=budget.batch_size)
         losses: list[float] = []
         hooks = Hooks(on_progress=lambda progress: losses.append(progress.loss))
-        adaptation = adapt(clip, task, settings, seed=seed, hooks=hooks)
+        adaptation = adapt(clip, replace(task, moments=self._moments), settings, seed=seed, hooks=hooks)
         fold_into(dict(clip.model.named_parameters()), adaptation)
         return Lesson(ends(losses), sum(adaptation.ranks.values()) / len(adaptation.ranks))
 
@@ -88,9 +96,7 @@ def ends(losses: list[float]) -> tuple[float, float]:
 
 def plain_lora(rank: int) -> LowRank:
     """LoRA with the published loss and no threshold: gates start at 1, are trained and never pruned."""
-    base = replace(
-        preset("paper"), rank=rank, random_importance=False, dense_fraction=1.0, betas=(0.9, 0.999)
-    )
+    base = replace(preset("paper"), rank=rank, gates="ones", dense_fraction=1.0, betas=(0.9, 0.999))
     grid = tuple({"learning_rate": rate} for rate in (5e-4, 2e-3, 5e-3))
     return LowRank(f"lora-{rank}", grid, lambda params: replace(base, **params))
 
@@ -102,17 +108,20 @@ def published() -> LowRank:
     return LowRank("paper", grid, lambda params: replace(base, **params))
 
 
-def default() -> LowRank:
-    """The default preset, both of its learning rates times a factor."""
+def default(*, blind: bool = False) -> LowRank:
+    """The default preset, its learning rates times a factor; `blind` without the model's image moments."""
     base = preset("default")
-    assert base.vision_learning_rate
 
     def settings(params: Params) -> Settings:
         pace = params["pace"]
         vision = (base.vision_learning_rate or base.learning_rate) * pace
         return replace(base, learning_rate=base.learning_rate * pace, vision_learning_rate=vision)
 
-    return LowRank("default", tuple({"pace": pace} for pace in (0.5, 1.0, 2.0)), settings)
+    grid = tuple({"pace": pace} for pace in (1.0, 2.0, 4.0))
+    if blind:
+        return LowRank("default-blind", grid, settings)
+    moments = ImageMoments.load(BUNDLED_MOMENTS, width=128)
+    return LowRank("default", grid, settings, moments)
 
 
 def method(name: str) -> Method:
@@ -124,6 +133,7 @@ def method(name: str) -> Method:
         "lora-16": lambda: plain_lora(16),
         "paper": published,
         "default": default,
+        "default-blind": lambda: default(blind=True),
         "full": tuning.FullTuning,
         "wise-ft": tuning.WiseFt,
         "lora-4": lambda: plain_lora(4),
@@ -136,6 +146,6 @@ def method(name: str) -> Method:
 
 
 METHODS = (
-    *("zero-shot", "lora-16", "paper", "default", "full", "wise-ft"),
+    *("zero-shot", "lora-16", "paper", "default", "default-blind", "full", "wise-ft"),
     *("lora-4", "l2", "lwf", "orthsr", "joint"),
 )

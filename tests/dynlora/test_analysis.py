@@ -11,9 +11,7 @@ from dynlora.learner import adapt
 from dynlora.settings import Settings
 from dynlora.task import Name, Task
 
-SHORT = Settings(
-    steps=3, batch_size=6, rank=2, learning_rate=5e-3, random_importance=False, dense_fraction=1.0
-)
+SHORT = Settings(steps=3, batch_size=6, rank=2, learning_rate=5e-3, gates="ones", dense_fraction=1.0)
 CLASSES = [Name("red thing"), Name("blue thing")]
 
 

@@ -155,7 +155,7 @@ def test_the_presets_say_what_was_published():
         "objective": "published", "rank": 16, "steps": 500, "batch_size": 64, "learning_rate": 5e-4,
         "betas": (0.9, 0.9999), "weight_decay": 0.0, "dense_fraction": 0.5, "kappa_max": 0.005,
         "kappa_levels": 50, "kappa_total": None, "settle_fraction": 0.0, "threshold": "paper",
-        "stairs": "equal", "random_importance": True,
+        "stairs": "equal", "gates": "random",
     }  # fmt: skip
 
     assert {key: paper[key] for key in expected} == expected
@@ -198,7 +198,7 @@ class _Naive:
     def __init__(self, clip, task, settings, seed):
         self.clip, self.task, self.s = clip, task, settings
         with attached(clip.model, settings.rank) as sites:
-            reset(sites, seed=seed, random_importance=settings.random_importance)
+            reset(sites, seed=seed, random_importance=settings.gates == "random")
             self.places = [(s.key, s.row_start, s.row_stop) for s in sites]
             parts = [(s.lora.lora_A, s.lora.lora_B, s.lora.importance) for s in sites]
             self.values = [[p.detach().clone().double().requires_grad_() for p in part] for part in parts]

@@ -1,0 +1,73 @@
+"""What a home knows about images in general: two moments of the first model's answers, no image.
+
+Learning uses them, clients never see them: they lie beside the store, not in its versions. The bundled model
+comes with its own; for another model `dynlora init --images FOLDER` makes them. Runs in the worker only.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from daemon.errors import ConfigError
+from deploy import atomic
+from deploy.decode import decode_image
+from deploy.errors import ImageError
+from deploy.preprocess import Preprocessing
+from dynlora.clip import BUNDLED_MOMENTS, Clip
+from dynlora.moments import ImageMoments
+
+MOMENTS_NAME = "image_moments.safetensors"
+MOST_IMAGES = 5_000  # more do not change two moments
+_AT_ONCE = 64
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def image_moments(home: Path, width: int) -> ImageMoments | None:
+    """What `dynlora init` kept; None where it had nothing to make it from.
+
+    Raises:
+        ModelError: the file is damaged, or of another model.
+    """
+    path = home / MOMENTS_NAME
+    return ImageMoments.load(path, width=width) if path.exists() else None
+
+
+def keep_bundled(home: Path) -> None:
+    """The bundled model's moments, made from images it was trained on."""
+    atomic.write_file(home / MOMENTS_NAME, BUNDLED_MOMENTS.read_bytes())
+
+
+def keep_of_folder(home: Path, clip: Clip, folder: Path) -> int:
+    """Moments of the images in a folder and its subfolders, any images; returns how many were used.
+
+    Raises:
+        ConfigError: there are fewer than twice as many readable images as the embeddings have dimensions.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    paths = paths[:: max(1, len(paths) // MOST_IMAGES)][:MOST_IMAGES]
+    parts = [_embed(clip, paths[start : start + _AT_ONCE]) for start in range(0, len(paths), _AT_ONCE)]
+    found, least = sum(map(len, parts)), 2 * int(clip.model_cfg["embed_dim"])
+    if found < least:
+        raise ConfigError(
+            f"{folder} holds {found} images that can be read; expected at least {least}, any photographs that are "
+            "typical of what the model is asked about. Without --images learning makes do with each drop's own."
+        )
+    atomic.write_file(home / MOMENTS_NAME, ImageMoments.of(torch.cat(parts)).content())
+    return found
+
+
+def _embed(clip: Clip, paths: Sequence[Path]) -> Tensor:
+    """(N, D) of the images that can be read."""
+    images = []
+    for path in paths:
+        with contextlib.suppress(ImageError, OSError):
+            images.append(decode_image(path.read_bytes()))
+    if not images:
+        return torch.zeros(0, int(clip.model_cfg["embed_dim"]))
+    pixels = Preprocessing.from_open_clip_cfg(clip.preprocess_cfg)(images)
+    with torch.no_grad():
+        return F.normalize(clip.model.visual(torch.from_numpy(pixels)), dim=-1)  # type: ignore[operator]
