@@ -43,7 +43,8 @@ class ImageMoments:
     def _root(self) -> Tensor:
         width = len(self.mean)
         even = torch.eye(width) * (self.covariance.trace() / width)
-        return torch.linalg.cholesky(self.covariance + _SHRINKAGE * even + 1e-9 * torch.eye(width))
+        root: Tensor = torch.linalg.cholesky(self.covariance + _SHRINKAGE * even + 1e-9 * torch.eye(width))
+        return root
 
     def content(self) -> bytes:
         """A .safetensors file that `load` reads."""

@@ -1,10 +1,10 @@
 """Gates that the data sets: the singular values of what was learnt so far.
 
-The published gates start at random, and which of them survive the thresholds is then mostly that draw. Here all
-gates start alike. When the dense steps end, every update ΔW = B diag(w) A is written anew as its own singular
-value decomposition, with the singular values as gates: the soft threshold is then the proximal operator of the
-nuclear norm, and a rank's survival says how much of the update it carries. One threshold for all matrices of
-both towers, so the rank goes where the update is.
+The published gates start at random, and which of them survive the thresholds is then mostly that draw. Here
+all gates start alike. When the dense steps end, every update ΔW = B diag(w) A is written anew as its singular
+value decomposition, with the singular values as gates: the soft threshold is then the proximal operator of
+the nuclear norm, and a rank survives by how much of the update it carries. One threshold holds for all
+matrices of both towers, so rank goes where the update is.
 """
 
 import math
