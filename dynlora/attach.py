@@ -1,6 +1,6 @@
 """Put a LoRA beside every weight matrix of both towers' blocks, and take them off again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynlora.blocks import Block, Layers, class_path, find_blocks
+from dynlora.blocks import Block, Layers, class_path, find_blocks, text_tower
 from dynlora.errors import ModelError
-from dynlora.lora import LoRA, LoRAAttention, LoRAFusedLinear, LoRALinear
+from dynlora.lora import LoRA, LoRAAttention, LoRAEmbedding, LoRAFusedLinear, LoRALinear
 
 Undo = list[tuple[nn.Module, str, Any]]
 
@@ -25,8 +25,8 @@ class Site:
     row_start: int
     row_stop: int
     tower: str  # "vision" | "text"
-    block: int
-    kind: str  # "q" | "k" | "v" | "out" | "mlp_in" | "mlp_gate" | "mlp_out"
+    block: int  # of a token's row: the token
+    kind: str  # "q" | "k" | "v" | "out" | "mlp_in" | "mlp_gate" | "mlp_out" | "token"
     lora: LoRA
 
     @property
@@ -37,7 +37,7 @@ class Site:
 
 @contextmanager
 def attached(
-    model: nn.Module, rank: int, *, only: Callable[[Site], bool] = lambda _: True
+    model: nn.Module, rank: int, *, only: Callable[[Site], bool] = lambda _: True, tokens: Sequence[int] = ()
 ) -> Iterator[list[Site]]:
     """Wrap every weight matrix of every block of both towers; restore the model on leaving.
 
@@ -45,6 +45,7 @@ def attached(
 
     Args:
         only: which sites to yield; the others have an update of zero that nobody can change.
+        tokens: whose rows of the token embedding are adapted, too.
 
     Raises:
         ModelError: a tower has blocks of a kind that is not covered, or `only` leaves nothing.
@@ -58,6 +59,7 @@ def attached(
     try:
         for block in blocks:
             sites += _wrap(block, rank, undo)
+        sites += _wrap_tokens(model, tokens, undo)
         yield _chosen(sites, only)
     finally:
         for parent, name, original in reversed(undo):
@@ -100,6 +102,18 @@ def _wrap(block: Block, rank: int, undo: Undo) -> list[Site]:
     for part, layers in block.layers.items():
         sites += _wrap_linears(block, part, layers, rank, undo)
     return sites
+
+
+def _wrap_tokens(model: nn.Module, tokens: Sequence[int], undo: Undo) -> list[Site]:
+    if not tokens:
+        return []
+    text: Any = text_tower(model)
+    base = text.token_embedding
+    undo.append((text, "token_embedding", base))
+    text.token_embedding = wrapped = LoRAEmbedding(base, tokens)
+    key = ("token_embedding" if text is model else "text.token_embedding") + ".weight"
+    rows = zip(tokens, wrapped.loras, strict=True)
+    return [Site(key, token, token + 1, "text", token, "token", lora) for token, lora in rows]  # type: ignore[arg-type]
 
 
 def _wrap_native_attention(
@@ -147,4 +161,7 @@ def reset(sites: list[Site], *, seed: int, random_importance: bool) -> None:
     """Initialise every site from one seed, in order: ΔW = 0 everywhere."""
     generator = torch.Generator().manual_seed(seed)
     for site in sites:
-        site.lora.reset(generator, random_importance=random_importance)
+        if site.kind == "token":
+            site.lora.reset_row()
+        else:
+            site.lora.reset(generator, random_importance=random_importance)

@@ -133,6 +133,12 @@ def _timm_layers(trunk: nn.Module, path: str, block: nn.Module) -> dict[str, Lay
     return dict(sorted(known.items()))
 
 
+def text_tower(model: nn.Module) -> nn.Module:
+    """The module that holds the text tower: the model itself, or its `text` (custom_text)."""
+    tower: nn.Module = getattr(model, "text", model)
+    return tower
+
+
 def class_path(module: nn.Module) -> str:
     """Module and name of a class, which no other class shares."""
     return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -65,10 +65,15 @@ class Adaptation:
     """What one task taught."""
 
     factors: list[Factor]  # matrices whose rank fell to 0 are absent
-    ranks: dict[str, int]  # kept rank of every adapted matrix, zeros included
+    ranks: dict[str, int]  # kept rank of every adapted matrix, zeros included; rows of tokens are not listed
     steps: int
     loss: float  # of the last step
     scale: float = field(default=1.0)  # the share of the update kept by the line search
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have another embedding than before."""
+        return sum(factor.site.endswith(".token") for factor in self.factors)
 
     @property
     def delta_norm(self) -> float:
@@ -88,7 +93,7 @@ def adapt(
     """Learn `task` and return the pruned update.
 
     Args:
-        only: which matrices may be updated; all by default, as the method wants it.
+        only: which matrices may be updated; all that the objective wants by default.
 
     Raises:
         Interrupted: `hooks.should_stop` said so; a checkpoint was saved first.
@@ -97,8 +102,13 @@ def adapt(
     """
     hooks = hooks or Hooks()
     objective = build_objective(clip, task, settings, seed=seed)
-    with attach.attached(clip.model, settings.rank, only=only) as sites:
+
+    def is_wanted(site: Site) -> bool:
+        return objective.wants(site) and only(site)
+
+    with attach.attached(clip.model, settings.rank, only=is_wanted, tokens=objective.tokens) as sites:
         attach.reset(sites, seed=seed, random_importance=settings.gates == "random")
+        objective.begin(sites)
         run = _Run(sites, objective, settings, steps=settings.steps_for(len(task.labels)), seed=seed)
         if hooks.resume_from is not None:
             run.restore(hooks.resume_from)
@@ -147,8 +157,8 @@ class _Run:
         decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * decay
-        if self.settings.gates == "spectrum" and self.step == self.schedule.ramp.start:
-            self._span_anew()
+        if self.settings.gates == "spectrum":
+            self._take_turns()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.objective.loss(self.step)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -163,12 +173,19 @@ class _Run:
         self.step += 1
         self.loss = float(loss.detach())
 
-    def _span_anew(self) -> None:
-        """Turn gates into the singular values of what the dense steps learnt; Adam starts anew with them."""
-        settings = self.settings
-        assert settings.kappa_total, "the thresholds of a spectrum add up to a known sum"
-        spectrum.respan([site.lora for site in self.sites], settings.pruned_energy, settings.kappa_total)
-        self.optimizer.state.clear()
+    def _take_turns(self) -> None:
+        """Until the ramp factors learn; then their product is taken apart, and the gates learn alone.
+
+        What survives a threshold is only rescaled: where it points was found by the dense steps.
+        """
+        start, settings = self.schedule.ramp.start, self.settings
+        if self.step == start:
+            assert settings.kappa_total, "the thresholds of a spectrum add up to a known sum"
+            spectrum.respan([site.lora for site in self.sites], settings.pruned_energy, settings.kappa_total)
+        for lora in (site.lora for site in self.sites):
+            lora.lora_A.requires_grad_(self.step < start)
+            lora.lora_B.requires_grad_(self.step < start and lora.lora_B.numel() > 1)
+            lora.importance.requires_grad_(self.step >= start)
 
     def _threshold(self) -> None:
         kappa = self.schedule.kappa(self.step)
@@ -179,12 +196,13 @@ class _Run:
             self._set_gates(gates)
 
     def _set_gates(self, gates: Tensor) -> None:
-        for importance, gate in zip(self.importances, torch.split(gates, self.settings.rank), strict=True):
+        parts = torch.split(gates, [len(importance) for importance in self.importances])
+        for importance, gate in zip(self.importances, parts, strict=True):
             importance.copy_(gate)
 
     def _kept_rank(self) -> float:
-        with torch.no_grad():
-            return float(torch.count_nonzero(torch.cat(self.importances))) / len(self.sites)
+        gates = [site.lora.importance.detach() for site in self.sites if site.kind != "token"]
+        return float(torch.count_nonzero(torch.cat(gates))) / len(gates) if gates else 0.0
 
     def checkpoint(self) -> bytes:
         """Everything the next step depends on."""
@@ -207,7 +225,8 @@ def _pruned(sites: list[Site], scale: float) -> tuple[list[Factor], dict[str, in
     for site in sites:
         lora = site.lora
         b, a, w = prune(lora.lora_B.detach(), lora.lora_A.detach(), lora.importance.detach() * scale)
-        ranks[site.name] = len(w)
+        if site.kind != "token":
+            ranks[site.name] = len(w)
         if len(w):
             factors.append(Factor(site.name, site.key, site.row_start, site.row_stop, b, a, w))
     return factors, ranks

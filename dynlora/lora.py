@@ -6,9 +6,10 @@ Shapes: B batch, L tokens, D width, r rank.
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynlora.attention import attend, join_heads, split_heads
@@ -35,9 +36,23 @@ class LoRA(nn.Module):
             else:
                 self.importance.fill_(1.0)
 
+    def reset_row(self) -> None:
+        """Start a single row's update at 0. Its one direction is what is learnt, so B has nothing to add."""
+        assert self.lora_B.shape == (1, 1), self.lora_B.shape
+        with torch.no_grad():
+            self.lora_A.zero_()
+            self.lora_B.fill_(1.0)
+            self.importance.fill_(1.0)
+        self.lora_B.requires_grad_(False)
+
     def delta(self) -> Tensor:
         """ΔW, (out, in)."""
         return (self.lora_B * self.importance) @ self.lora_A
+
+    def squared_norm(self) -> Tensor:
+        """‖ΔW‖², differentiable, by way of two (r, r) products."""
+        left = self.lora_B * self.importance
+        return ((left.T @ left) * (self.lora_A @ self.lora_A.T)).sum()
 
 
 class LoRALinear(nn.Module):
@@ -126,6 +141,30 @@ class LoRAAttention(nn.Module):
         q, k, v = split_heads(self.fused(query), self.heads, 3)  # (B, heads, L, D / heads)
         out: Tensor = self.out(join_heads(attend(q, k, v, attn_mask)))
         return out, None
+
+
+class LoRAEmbedding(nn.Module):
+    """A frozen embedding with an update for some of its rows. A row is a matrix whose rank is 0 or 1."""
+
+    def __init__(self, base: nn.Embedding, rows: Sequence[int]) -> None:
+        super().__init__()
+        self.base = base
+        self.loras = nn.ModuleList(LoRA(base.embedding_dim, 1, 1) for _ in rows)
+        place = torch.zeros(base.num_embeddings, dtype=torch.int64)  # 0: no update
+        place[torch.tensor(rows)] = torch.arange(1, len(rows) + 1)
+        self.register_buffer("_place", place, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen rows."""
+        return self.base.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Indices (…) → (…, D)."""
+        # Element by element: under autocast a product would round what learns to bfloat16.
+        updates = [lora.lora_B * lora.importance * lora.lora_A for lora in self.loras]
+        none = torch.zeros(1, self.base.embedding_dim)
+        return self.base(tokens) + F.embedding(self._place[tokens], torch.cat([none, *updates]))  # type: ignore[index]
 
 
 def _product(x: Tensor, frozen: Frozen, loras: Iterable[nn.Module]) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B images of a step, C classes of the task, S names seen before.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -22,6 +23,14 @@ from dynlora.task import Task
 
 class Objective(Protocol):
     """One task's loss, and what belongs to it."""
+
+    tokens: Sequence[int]  # whose embeddings are to be adapted
+
+    def wants(self, site: Site) -> bool:
+        """Whether this matrix is to be adapted."""
+
+    def begin(self, sites: list[Site]) -> None:
+        """Told once, before the first step, what is being adapted."""
 
     def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
         """AdamW's parameter groups over everything trainable."""
@@ -45,6 +54,8 @@ class PublishedObjective:
     every image and class of the step, whether they belong together.
     """
 
+    tokens: Sequence[int] = ()
+
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
         self.encoders, self.task = Encoders.by(settings, clip.model), task
         self.prompts = prompts.tokenize(
@@ -54,6 +65,13 @@ class PublishedObjective:
         self.bias = clip.logit_bias
         self.batches = BatchSampler(len(task.labels), settings.batch_size, seed=seed)
         self.seen_rows = len(task.known)
+
+    def wants(self, site: Site) -> bool:  # noqa: ARG002 - part of the protocol
+        """Every matrix, as published."""
+        return True
+
+    def begin(self, sites: list[Site]) -> None:
+        """The loss looks at embeddings alone."""
 
     def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
         """One group: the published recipe treats all parameters alike."""

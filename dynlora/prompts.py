@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynlora.blocks import text_tower
 from dynlora.clip import Clip
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -68,12 +69,6 @@ def last_seen(model: nn.Module, tokens: Tensor) -> Tensor | None:
     return torch.eq(tokens, eos_id).int().argmax(dim=-1)
 
 
-def text_tower(model: nn.Module) -> nn.Module:
-    """The module that holds the text tower: the model itself, or its `text` (custom_text)."""
-    tower: nn.Module = getattr(model, "text", model)
-    return tower
-
-
 def encode_text(model: nn.Module, prompts: Prompts) -> Tensor:
     """open_clip's `encode_text(normalize=True)` on prompts: (N, dim), L2-normalised, differentiable."""
     if prompts.eot is None:
@@ -96,6 +91,15 @@ def project(text: nn.Module, pooled: Tensor) -> Tensor:
 
 
 def generic_names() -> list[str]:
-    """The fixed bank of everyday names that stands for what a pre-trained model knows."""
-    text = resources.files("dynlora.bundled").joinpath("generic_names.txt").read_text(encoding="utf-8")
+    """The fixed bank of everyday names that stands for what a pre-trained model is asked about."""
+    return _lines("generic_names.txt")
+
+
+def held_words() -> list[str]:
+    """Nouns for visible things, out of WordNet: words that a new name may share a part with."""
+    return _lines("held_words.txt")
+
+
+def _lines(name: str) -> list[str]:
+    text = resources.files("dynlora.bundled").joinpath(name).read_text(encoding="utf-8")
     return text.split("\n")[:-1]

@@ -1,20 +1,22 @@
-"""The default objective: new classes stand above what is known, and what is known stays where it is.
+"""The default objective: new classes get the place their images ask for, and everything else stays.
 
-Before the first step `dynlora.aiming` looks for the place where each new class's text should lie, given what
-the model sees in its images. The steps then move the text tower until its answers lie there; names that are
-not in the batch (those known before, and a fixed bank of everyday ones) are held where they were. No image of
-the past is needed or kept.
+The vision tower stays as it is, so images are looked at once, before the first step. Then the text tower
+learns to put the batch's names where those images are. It can do so in two ways: the embeddings of the
+tokens that names are made of, which no other name shares, and low-rank updates of the tower's matrices,
+which all names share. No image of the past is needed or kept.
 
-    aim     text embeddings of the batch's classes lie at their targets
-    hold    text embeddings of known and bank names stay where the previous model had them, known most
-    sharpen cross-entropy image→text at the targets, in which only the vision tower moves
-    look    embeddings of the batch's images, and of stand-ins, stay near the previous model's
+    aim     the batch's names above all others on their images, and below the best other on images in general
+    hold    known names, everyday ones and a vocabulary stay where the previous model had them, known most
+    shrink  a small update rather than a large one
 
-The last two look at images, which cost most of a step: only every `image_every`th step does.
-Shapes: B images of a step, C classes of the task, K known names, S names in all, D embedding width.
+"Learning to Name Classes for Vision and Language Models" (arXiv 2304.01830) learns token embeddings of
+classes; here they are updates of the model's own rows, merged and ranked as every other matrix is.
+
+Shapes: N image embeddings, C classes of the task, S names in all, D embedding width.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from dynlora.clip import Clip
 from dynlora.encoders import Encoders
 from dynlora.moments import ImageMoments
 from dynlora.names import same_name_key
-from dynlora.sampling import BatchSampler, generator_for
+from dynlora.sampling import generator_for
 from dynlora.settings import Settings
 from dynlora.task import Name, Task
 
@@ -37,6 +39,8 @@ SCALES = (1.0, 0.75, 0.5)  # the largest wins a draw
 # Bound the memory while the previous model is asked.
 _PROMPTS_AT_ONCE = 256
 _IMAGES_AT_ONCE = 64
+# A drop's own images are alike; without moments of the model, what stands for images in general says less.
+_BLIND_STAND_INS = 128
 
 
 class RetainingObjective:
@@ -46,51 +50,46 @@ class RetainingObjective:
         self.task, self.settings, self.seed = task, settings, seed
         self.encoders = Encoders.by(settings, clip.model)
         self.own, self.known = len(task.classes), len(task.known)
-        names = [*task.classes, *task.known, *_bank(task)]
+        names = [*task.classes, *task.known, *_others(task)]
         self.prompts = prompts.tokenize(clip, [n.name for n in names], [n.template for n in names])
+        self.tokens = _own_tokens(clip, task) if settings.token_learning_rate else []
+        self._sort_names()
         self.before = self._encode_all()  # (S, D), by the model as it is before learning
         self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
-        self.batches = BatchSampler(len(task.labels), settings.batch_size, seed=seed)
-        self._draw_images(generator_for(seed, -1))
-        self.targets = self._find_targets(generator_for(seed, -1_000_000))
+        self.aim = self._look(generator_for(seed, -1))
+        self.sites: list[Site] = []
+
+    def wants(self, site: Site) -> bool:
+        """Rows of the batch's tokens, and the text tower's matrices."""
+        return site.kind == "token" or (site.tower == "text" and self.settings.learning_rate > 0)
+
+    def begin(self, sites: list[Site]) -> None:
+        """What `shrink` looks at."""
+        self.sites = sites
 
     def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
-        """Towers at their own pace, gates at a multiple of it."""
+        """Rows, matrices and gates at their own pace."""
         s = self.settings
-        paces = {"vision": s.vision_learning_rate or s.learning_rate, "text": s.learning_rate}
-        groups = []
-        for tower, pace in paces.items():
-            loras = [site.lora for site in sites if site.tower == tower]
-            matrices = itertools.chain(*((lora.lora_A, lora.lora_B) for lora in loras))
-            groups.append({"params": list(matrices), "lr": pace})
-            gates = [lora.importance for lora in loras]
-            groups.append({"params": gates, "lr": pace * s.gate_learning_rate_factor})
-        return groups
+        rows = [site.lora for site in sites if site.kind == "token"]
+        matrices = [site.lora for site in sites if site.kind != "token"]
+        groups: list[dict[str, Any]] = [{"params": [lora.importance for lora in (*matrices, *rows)], "lr": s.gate_learning_rate}]
+        for pace, loras in ((s.learning_rate, matrices), (s.token_learning_rate, rows)):
+            factors = list(itertools.chain(*((lora.lora_A, lora.lora_B) for lora in loras)))
+            groups.append({"params": factors, "lr": pace})
+        return [group for group in groups if group["params"]]
 
     def loss(self, step: int) -> Tensor:
         """The weighted sum of the terms."""
         s, generator = self.settings, generator_for(self.seed, -2 - step)
-        chosen = self._choose_names(generator)  # (own + others,), own first
-        texts = self.encoders.texts(self.prompts.rows(chosen))
-        own, held = texts[: self.own], texts[self.own :]
-        weight = self._weight(len(held))
-        loss = s.aim * _moved(own, self.targets).mean()
-        loss = loss + s.hold * (weight * _moved(held, self.before[chosen[self.own :]])).sum() / weight.sum()
-        if s.image_every and step % s.image_every == 0:
-            loss = loss + self._image_loss(step, self.before[chosen[self.own :]], generator)
-        return loss
-
-    def _image_loss(self, step: int, others: Tensor, generator: torch.Generator) -> Tensor:
-        s = self.settings
-        image = self.batches.at(step // s.image_every)
-        view = torch.randint(s.views, image.shape, generator=generator)
-        other = torch.randperm(len(self.stand_ins), generator=generator)[: s.stand_ins_per_step]
-        pixels = torch.cat([self.views.render(self.task.pixels, image, view), self.stand_ins[other]])
-        images = self.encoders.images(pixels)  # (B + stand-ins, D)
-        images_before = torch.cat([self.seen_before[view, image], self.stand_ins_before[other]])
-        logits = self.scale * images[: len(image)] @ torch.cat([self.targets, others]).T
-        sharpen = F.cross_entropy(logits, self.task.labels[image])
-        return s.sharpen * sharpen + s.look * _moved(images, images_before).mean()
+        held = self._choose_held(generator)
+        texts = self.encoders.texts(self.prompts.rows(torch.cat([torch.arange(self.own), held])))
+        loss = s.aim * self.aim.loss(texts[: self.own], generator)
+        if len(held):
+            weight = self._weight(held)
+            moved = _moved(texts[self.own :], self.before[held])
+            loss = loss + s.hold * (weight * moved).sum() / weight.sum()
+        norm = torch.stack([site.lora.squared_norm() for site in self.sites]).sum()
+        return loss + s.shrink * norm
 
     def choose_scale(self, sites: list[Site]) -> float:
         """The share of the update that tells the tuning images apart best; all of it without any.
@@ -102,66 +101,84 @@ class RetainingObjective:
         learnt = [site.lora.importance.detach().clone() for site in sites]
         losses = {}
         with torch.no_grad():
+            parts = torch.split(self.task.tune_pixels, _IMAGES_AT_ONCE)
+            images = torch.cat([self.encoders.images(part) for part in parts])
             for scale in SCALES:
                 for site, importance in zip(sites, learnt, strict=True):
                     site.lora.importance.copy_(importance * scale)
-                losses[scale] = self._tune_loss()
+                logits = self.scale * images @ self._encode(self.asked).T
+                losses[scale] = float(F.cross_entropy(logits, self.task.tune_labels))
             for site, importance in zip(sites, learnt, strict=True):
                 site.lora.importance.copy_(importance)
         return min(SCALES, key=lambda scale: losses[scale])
 
-    def _tune_loss(self) -> float:
-        parts = torch.split(self.task.tune_pixels, _IMAGES_AT_ONCE)
-        images = torch.cat([self.encoders.images(part) for part in parts])
-        logits = self.scale * images @ self._encode_all().T
-        return float(F.cross_entropy(logits, self.task.tune_labels))
+    def _sort_names(self) -> None:
+        """Which of the names share a token with the batch's own, and which are asked about at all."""
+        shares = torch.isin(self.prompts.tokens, torch.tensor(self.tokens)).any(1)  # (S,)
+        everyone = torch.arange(len(self.prompts))
+        is_held, is_known = everyone >= self.own, everyone < self.own + self.known
+        self.near_known = everyone[is_held & shares & is_known]
+        self.near = everyone[is_held & shares & ~is_known]
+        self.far_known = everyone[is_held & ~shares & is_known]
+        self.far = everyone[is_held & ~shares & ~is_known]
+        self.asked = everyone[: self.own + self.known + _everyday_count(self.task)]
 
-    def _choose_names(self, generator: torch.Generator) -> Tensor:
-        """The batch's own names, and a sample of known and of bank names."""
-        s, total = self.settings, len(self.prompts)
-        known = torch.randperm(self.known, generator=generator)[: s.names_per_step] + self.own
-        bank = torch.randperm(total - self.own - self.known, generator=generator)[: s.names_per_step]
-        return torch.cat([torch.arange(self.own), known, bank + self.own + self.known])
+    def _choose_held(self, generator: torch.Generator) -> Tensor:
+        """Names that are to stay: of each kind at most `names_per_step`.
 
-    def _weight(self, names: int) -> Tensor:
-        """(names,) of `_choose_names` but the batch's own: those that clients ask about count more."""
-        weight = torch.ones(names)
-        weight[: min(self.known, self.settings.names_per_step)] = self.settings.known_factor
-        return weight
+        Names without a token of the batch's cannot move unless matrices do.
+        """
+        pools = [self.near_known, self.near]
+        if self.settings.learning_rate > 0:
+            pools += [self.far_known, self.far]
+        count = self.settings.names_per_step
+        chosen = [pool[torch.randperm(len(pool), generator=generator)[:count]] for pool in pools]
+        return torch.cat(chosen)
 
-    def _draw_images(self, generator: torch.Generator) -> None:
-        """Draw all views and stand-ins, and keep what the previous model sees in them."""
+    def _weight(self, held: Tensor) -> Tensor:
+        """(len(held),): names that clients ask about count more."""
+        is_known = held < self.own + self.known
+        return torch.where(is_known, self.settings.known_factor, 1.0)
+
+    def _look(self, generator: torch.Generator) -> Aim:
+        """See views of all images, once, with the previous model: it is the new one's vision tower, too."""
         s, pixels = self.settings, self.task.pixels
-        self.views = augment.draw_views(
+        views = augment.draw_views(
             pixels, s.views, generator, min_area=s.crop_min_area, jitter=s.colour_jitter
         )
-        self.stand_ins = augment.stand_ins(pixels, s.stand_ins, generator)
         everyone = torch.split(torch.arange(len(pixels)), _IMAGES_AT_ONCE)
         with torch.no_grad():
-            self.seen_before = torch.stack(  # (V, N, D)
-                [torch.cat([self._view_before(part, view) for part in everyone]) for view in range(s.views)]
-            )
-            self.stand_ins_before = torch.cat(
-                [self.encoders.images(part) for part in torch.split(self.stand_ins, _IMAGES_AT_ONCE)]
-            )
+            seen = [
+                self.encoders.images(views.render(pixels, part, torch.full_like(part, view)))
+                for view in range(s.views)
+                for part in everyone
+            ]
+            images = torch.cat(seen)  # (V·N, D)
+            general = self.task.moments or self._moments_of(images, generator)
+        labels, others = self.task.labels.repeat(s.views), self.before[self.asked[self.own :]]
+        return Aim(images, labels, self.before[: self.own], others, general=general, scale=self.scale, settings=s)
 
-    def _find_targets(self, generator: torch.Generator) -> Tensor:
-        """Where the batch's classes should lie, (C, D)."""
-        images = self.seen_before.flatten(0, 1)
-        general = self.task.moments or ImageMoments.of(torch.cat([images, self.stand_ins_before]))
-        aim = Aim(self.scale, self.settings.guard, self.settings.margin)
-        labels = self.task.labels.repeat(self.settings.views)
-        own, others = self.before[: self.own], self.before[self.own :]
-        return aim.targets(images, labels, own, others, general, generator)
-
-    def _view_before(self, image: Tensor, view: int) -> Tensor:
-        pixels = self.views.render(self.task.pixels, image, torch.full_like(image, view))
-        return self.encoders.images(pixels)
+    def _moments_of(self, images: Tensor, generator: torch.Generator) -> ImageMoments:
+        """Of the batch's images and of stand-ins made out of them, for want of something more general."""
+        stand_ins = augment.stand_ins(self.task.pixels, _BLIND_STAND_INS, generator)
+        seen = [self.encoders.images(part) for part in torch.split(stand_ins, _IMAGES_AT_ONCE)]
+        return ImageMoments.of(torch.cat([*seen, images[: len(self.task.labels)]]))
 
     def _encode_all(self) -> Tensor:
-        rows = torch.split(torch.arange(len(self.prompts)), _PROMPTS_AT_ONCE)
+        """Names that no step can ask about keep zeros: encoding them is the dearest part."""
+        wanted = [torch.arange(self.own), self.near_known, self.near, self.asked]
+        if self.settings.learning_rate > 0:
+            wanted += [self.far_known, self.far]
+        rows = torch.cat(wanted).unique()
         with torch.no_grad():
-            return torch.cat([self.encoders.texts(self.prompts.rows(part)) for part in rows])
+            encoded = self._encode(rows)
+        before = torch.zeros(len(self.prompts), encoded.shape[1])
+        before[rows] = encoded
+        return before
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        parts = torch.split(rows, _PROMPTS_AT_ONCE)
+        return torch.cat([self.encoders.texts(self.prompts.rows(part)) for part in parts])
 
 
 def _moved(now: Tensor, before: Tensor) -> Tensor:
@@ -169,10 +186,26 @@ def _moved(now: Tensor, before: Tensor) -> Tensor:
     return 1 - (now * before).sum(-1)
 
 
-def _bank(task: Task) -> list[Name]:
-    """The everyday names that are neither in the batch nor known, in the singular or the plural."""
+def _own_tokens(clip: Clip, task: Task) -> Sequence[int]:
+    """Tokens of the batch's names that no template has: those of templates are in every prompt."""
+    templates = {name.template for name in (*task.classes, *task.known)} | {prompts.DEFAULT_TEMPLATE}
+    common = set(clip.tokenizer([template.format("") for template in templates]).flatten().tolist())
+    named = clip.tokenizer([name.template.format(name.name) for name in task.classes])
+    return sorted(set(named.flatten().tolist()) - common)
+
+
+def _others(task: Task) -> list[Name]:
+    """Everyday names, then the vocabulary, less those in the batch or known, in the singular or the plural."""
+    return [Name(name) for name in _free(task, prompts.generic_names()) + _free(task, prompts.held_words())]
+
+
+def _everyday_count(task: Task) -> int:
+    return len(_free(task, prompts.generic_names()))
+
+
+def _free(task: Task, names: Sequence[str]) -> list[str]:
     taken = {_singular(n.name) for n in (*task.classes, *task.known)}
-    return [Name(name) for name in prompts.generic_names() if _singular(name) not in taken]
+    return [name for name in names if _singular(name) not in taken]
 
 
 def _singular(name: str) -> str:

@@ -39,20 +39,18 @@ class Settings:
     pruned_energy: float = 0.1  # share of ‖ΔW‖² below the threshold, with gates from the spectrum
 
     # Of the default objective only (dynlora/retaining.py says what the weights weigh).
-    vision_learning_rate: float | None = None  # None: as the text tower's
-    gate_learning_rate_factor: float = 1.0  # gates learn so many times faster than lora_A and lora_B
-    aim: float = 20.0
-    guard: float = 3.0  # weight of a target's staying below other names on images in general
+    token_learning_rate: float = 5e-3  # of the rows of the batch's tokens; 0: they stay as they are
+    gate_learning_rate: float = 0.2  # of gates, once they are singular values
+    aim: float = 1.0
+    guard: float = 3.0  # weight of a name's staying below others on images in general
     margin: float = 2.0  # by so many logits
-    hold: float = 60.0
-    image_every: int = 4  # steps; 0: the vision tower learns nothing
-    sharpen: float = 1.0
-    look: float = 20.0
-    known_factor: float = 8.0  # a known name weighs as much as so many of the bank
-    names_per_step: int = 48  # known names, and bank names, looked at in a step
-    views: int = 4  # crops of each image, drawn once
-    stand_ins: int = 64  # drawn once
-    stand_ins_per_step: int = 8
+    keep: float = 0.0
+    pull: float = 0.5
+    hold: float = 25.0
+    shrink: float = 0.025  # of ‖ΔW‖²
+    known_factor: float = 8.0  # a known name weighs as much as so many others
+    names_per_step: int = 64  # of each kind of names that are held, looked at in a step
+    views: int = 2  # crops of each image, drawn once
     crop_min_area: float = 0.6  # share of the image that a random crop keeps at least
     colour_jitter: float = 0.1  # of contrast and brightness
 
@@ -116,14 +114,13 @@ REFERENCE = Settings(threshold="reference", stairs="reference")
 DEFAULT = Settings(
     objective="default",
     gates="spectrum",
-    steps=None,
-    batch_size=24,
-    learning_rate=3e-3,
-    vision_learning_rate=4e-4,
-    betas=(0.9, 0.999),
+    steps=150,
+    learning_rate=5e-4,
+    betas=(0.9, 0.99),
+    pruned_energy=0.02,
     kappa_total=0.6,
-    dense_fraction=0.4,
-    settle_fraction=0.3,
+    dense_fraction=0.8,
+    settle_fraction=0.1,
 )
 
 

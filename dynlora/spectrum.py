@@ -47,4 +47,6 @@ def _cut(values: Tensor, energy: float) -> float:
     if total == 0:
         return 1.0
     below = int(torch.count_nonzero(ordered.square().cumsum(0) <= energy * total))
-    return max(float(ordered[max(below - 1, 0)]), 1e-6 * float(ordered[-1]))
+    if below == 0:
+        return max(math.sqrt(energy * total), 1e-6 * float(ordered[-1]))  # less than the least: all stay
+    return max(float(ordered[below - 1]), 1e-6 * float(ordered[-1]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dynlora import prompts
 from dynlora.attention import attend, join_heads, split_heads
-from dynlora.blocks import class_path
+from dynlora.blocks import class_path, text_tower
 from dynlora.lora import LoRAAttention
 from dynlora.prompts import Prompts
 from dynlora.shared_prefix import attend_causally, attend_from_last, lay_out
@@ -40,7 +40,7 @@ def embed_images(model: nn.Module, pixels: Tensor) -> Tensor:
 
 def embed_texts(model: nn.Module, of: Prompts) -> Tensor:
     """N prompts → (N, dim) float32, L2-normalised, differentiable."""
-    text: Any = prompts.text_tower(model)
+    text: Any = text_tower(model)
     if of.eot is None or not _has_adapters(text.transformer):
         return prompts.encode_text(model, of)
     layout = lay_out(of.tokens, of.eot)

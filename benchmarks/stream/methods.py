@@ -73,12 +73,14 @@ class LowRank:
 
     def learn(self, clip: Clip, task: Task, budget: Budget, params: Params, *, seed: int) -> Lesson:
         """Adapt and fold."""
-        settings = replace(self._settings(params), steps=budget.steps, batch_size=budget.batch_size)
+        settings = self._settings(params)
+        if settings.objective == "published":  # the default's steps look at no image
+            settings = replace(settings, steps=budget.steps, batch_size=budget.batch_size)
         losses: list[float] = []
         hooks = Hooks(on_progress=lambda progress: losses.append(progress.loss))
         adaptation = adapt(clip, replace(task, moments=self._moments), settings, seed=seed, hooks=hooks)
         fold_into(dict(clip.model.named_parameters()), adaptation)
-        return Lesson(ends(losses), sum(adaptation.ranks.values()) / len(adaptation.ranks))
+        return Lesson(ends(losses), mean_rank(adaptation))
 
 
 def fold_into(weights: dict[str, Tensor], adaptation: Adaptation) -> None:
@@ -86,6 +88,12 @@ def fold_into(weights: dict[str, Tensor], adaptation: Adaptation) -> None:
     with torch.no_grad():
         for factor in adaptation.factors:
             weights[factor.key][factor.row_start : factor.row_stop] += factor.delta()
+
+
+def mean_rank(adaptation: Adaptation) -> float:
+    """Over the adapted matrices; a token's row is none."""
+    ranks = adaptation.ranks.values()
+    return sum(ranks) / len(ranks) if ranks else 0.0
 
 
 def ends(losses: list[float]) -> tuple[float, float]:
@@ -114,8 +122,11 @@ def default(*, blind: bool = False) -> LowRank:
 
     def settings(params: Params) -> Settings:
         pace = params["pace"]
-        vision = (base.vision_learning_rate or base.learning_rate) * pace
-        return replace(base, learning_rate=base.learning_rate * pace, vision_learning_rate=vision)
+        return replace(
+            base,
+            learning_rate=base.learning_rate * pace,
+            token_learning_rate=base.token_learning_rate * pace,
+        )
 
     grid = tuple({"pace": pace} for pace in (1.0, 2.0, 4.0))
     if blind:
