@@ -53,8 +53,8 @@ def keep_of_folder(home: Path, clip: Clip, folder: Path) -> int:
     found, least = sum(map(len, parts)), 2 * int(clip.model_cfg["embed_dim"])
     if found < least:
         raise ConfigError(
-            f"{folder} holds {found} images that can be read; expected at least {least}, any photographs that are "
-            "typical of what the model is asked about. Without --images learning makes do with each drop's own."
+            f"{folder} holds {found} images that can be read; expected at least {least}: any photographs "
+            "typical of what the model is asked about. Without --images each drop's own have to do"
         )
     atomic.write_file(home / MOMENTS_NAME, ImageMoments.of(torch.cat(parts)).content())
     return found

@@ -5,7 +5,8 @@ The only way into torch from the daemon. It can be killed or run out of memory w
 and it dies with its parent. What it says goes to stdout as JSON lines (`daemon.supervisor` reads them); what
 it leaves is in the batch's directory and in the store's staging directory.
 
-    python -m daemon.worker init  --home HOME --model bundled|ARCH [--pretrained TAG|FILE] [--classes FILE] [--images DIR]
+    python -m daemon.worker init  --home HOME --model bundled|ARCH [--pretrained TAG|FILE] [--classes FILE]
+                                [--images DIR]
     python -m daemon.worker adapt --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker promote|revert --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker rebuild --home HOME --version N

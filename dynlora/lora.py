@@ -49,6 +49,10 @@ class LoRA(nn.Module):
         """ΔW, (out, in)."""
         return (self.lora_B * self.importance) @ self.lora_A
 
+    def row(self) -> Tensor:
+        """ΔW of a single row, (1, in). Element by element: autocast would round a product to bfloat16."""
+        return self.lora_B * self.importance * self.lora_A
+
     def squared_norm(self) -> Tensor:
         """‖ΔW‖², differentiable, by way of two (r, r) products."""
         left = self.lora_B * self.importance
@@ -161,10 +165,10 @@ class LoRAEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Indices (…) → (…, D)."""
-        # Element by element: under autocast a product would round what learns to bfloat16.
-        updates = [lora.lora_B * lora.importance * lora.lora_A for lora in self.loras]
         none = torch.zeros(1, self.base.embedding_dim)
-        return self.base(tokens) + F.embedding(self._place[tokens], torch.cat([none, *updates]))  # type: ignore[index]
+        updates = torch.cat([none, *(lora.row() for lora in self.loras)])  # type: ignore[operator]
+        own: Tensor = self.base(tokens)
+        return own + F.embedding(self._place[tokens], updates)  # type: ignore[index]
 
 
 def _product(x: Tensor, frozen: Frozen, loras: Iterable[nn.Module]) -> Tensor:

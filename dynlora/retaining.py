@@ -28,6 +28,7 @@ from dynlora.aiming import Aim
 from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.encoders import Encoders
+from dynlora.lora import LoRA
 from dynlora.moments import ImageMoments
 from dynlora.names import same_name_key
 from dynlora.sampling import generator_for
@@ -50,7 +51,9 @@ class RetainingObjective:
         self.task, self.settings, self.seed = task, settings, seed
         self.encoders = Encoders.by(settings, clip.model)
         self.own, self.known = len(task.classes), len(task.known)
-        names = [*task.classes, *task.known, *_others(task)]
+        everyday, words = _free(task, prompts.generic_names()), _free(task, prompts.held_words())
+        names = [*task.classes, *task.known, *everyday, *words]
+        self.asked = torch.arange(len(names) - len(words))  # the vocabulary is only held
         self.prompts = prompts.tokenize(clip, [n.name for n in names], [n.template for n in names])
         self.tokens = _own_tokens(clip, task) if settings.token_learning_rate else []
         self._sort_names()
@@ -68,14 +71,15 @@ class RetainingObjective:
         self.sites = sites
 
     def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:
-        """Rows, matrices and gates at their own pace."""
+        """Rows, matrices and gates, each at their own pace."""
         s = self.settings
         rows = [site.lora for site in sites if site.kind == "token"]
         matrices = [site.lora for site in sites if site.kind != "token"]
-        groups: list[dict[str, Any]] = [{"params": [lora.importance for lora in (*matrices, *rows)], "lr": s.gate_learning_rate}]
-        for pace, loras in ((s.learning_rate, matrices), (s.token_learning_rate, rows)):
-            factors = list(itertools.chain(*((lora.lora_A, lora.lora_B) for lora in loras)))
-            groups.append({"params": factors, "lr": pace})
+        groups = [
+            {"params": _factors(matrices), "lr": s.learning_rate},
+            {"params": _factors(rows), "lr": s.token_learning_rate},
+            {"params": [lora.importance for lora in (*matrices, *rows)], "lr": s.gate_learning_rate},
+        ]
         return [group for group in groups if group["params"]]
 
     def loss(self, step: int) -> Tensor:
@@ -88,8 +92,7 @@ class RetainingObjective:
             weight = self._weight(held)
             moved = _moved(texts[self.own :], self.before[held])
             loss = loss + s.hold * (weight * moved).sum() / weight.sum()
-        norm = torch.stack([site.lora.squared_norm() for site in self.sites]).sum()
-        return loss + s.shrink * norm
+        return loss + s.shrink * torch.stack([site.lora.squared_norm() for site in self.sites]).sum()
 
     def choose_scale(self, sites: list[Site]) -> float:
         """The share of the update that tells the tuning images apart best; all of it without any.
@@ -121,7 +124,6 @@ class RetainingObjective:
         self.near = everyone[is_held & shares & ~is_known]
         self.far_known = everyone[is_held & ~shares & is_known]
         self.far = everyone[is_held & ~shares & ~is_known]
-        self.asked = everyone[: self.own + self.known + _everyday_count(self.task)]
 
     def _choose_held(self, generator: torch.Generator) -> Tensor:
         """Names that are to stay: of each kind at most `names_per_step`.
@@ -155,8 +157,17 @@ class RetainingObjective:
             ]
             images = torch.cat(seen)  # (V·N, D)
             general = self.task.moments or self._moments_of(images, generator)
-        labels, others = self.task.labels.repeat(s.views), self.before[self.asked[self.own :]]
-        return Aim(images, labels, self.before[: self.own], others, general=general, scale=self.scale, settings=s)
+        return Aim(
+            images,
+            self.task.labels.repeat(s.views),
+            self.before[: self.own],
+            self.before[self.asked[self.own :]],
+            general,
+            self.scale,
+            guard=s.guard,
+            keep=s.keep,
+            margin=s.margin,
+        )
 
     def _moments_of(self, images: Tensor, generator: torch.Generator) -> ImageMoments:
         """Of the batch's images and of stand-ins made out of them, for want of something more general."""
@@ -165,11 +176,11 @@ class RetainingObjective:
         return ImageMoments.of(torch.cat([*seen, images[: len(self.task.labels)]]))
 
     def _encode_all(self) -> Tensor:
-        """Names that no step can ask about keep zeros: encoding them is the dearest part."""
-        wanted = [torch.arange(self.own), self.near_known, self.near, self.asked]
+        """Names that no step asks about keep zeros: encoding them is the dearest part."""
+        wanted = [self.asked, self.near]
         if self.settings.learning_rate > 0:
-            wanted += [self.far_known, self.far]
-        rows = torch.cat(wanted).unique()
+            wanted.append(self.far)
+        rows: Tensor = torch.unique(torch.cat(wanted))
         with torch.no_grad():
             encoded = self._encode(rows)
         before = torch.zeros(len(self.prompts), encoded.shape[1])
@@ -194,18 +205,14 @@ def _own_tokens(clip: Clip, task: Task) -> Sequence[int]:
     return sorted(set(named.flatten().tolist()) - common)
 
 
-def _others(task: Task) -> list[Name]:
-    """Everyday names, then the vocabulary, less those in the batch or known, in the singular or the plural."""
-    return [Name(name) for name in _free(task, prompts.generic_names()) + _free(task, prompts.held_words())]
+def _factors(loras: list[LoRA]) -> list[Tensor]:
+    return list(itertools.chain(*((lora.lora_A, lora.lora_B) for lora in loras)))
 
 
-def _everyday_count(task: Task) -> int:
-    return len(_free(task, prompts.generic_names()))
-
-
-def _free(task: Task, names: Sequence[str]) -> list[str]:
+def _free(task: Task, names: Sequence[str]) -> list[Name]:
+    """Those that are neither in the batch nor known, in the singular or the plural."""
     taken = {_singular(n.name) for n in (*task.classes, *task.known)}
-    return [name for name in names if _singular(name) not in taken]
+    return [Name(name) for name in names if _singular(name) not in taken]
 
 
 def _singular(name: str) -> str:

@@ -25,7 +25,9 @@ def main() -> None:
     """Print the words, one per line, in alphabetical order."""
     without = {singular(line.strip()) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()}
     wordnet = WordNet()
-    lemmas = {lemma for offset in wordnet.things() for lemma in wordnet[offset].lemmas if lemma == lemma.lower()}
+    lemmas = {
+        lemma for offset in wordnet.things() for lemma in wordnet[offset].lemmas if lemma == lemma.lower()
+    }
     words = sorted(w for w in lemmas if singular(w) not in without and len(w.split()) <= LONGEST)
     print(*sorted(random.Random(0).sample(words, COUNT)), sep="\n")
 

@@ -40,12 +40,13 @@ def test_a_step_in_parts_has_the_loss_and_gradients_of_the_whole_step(clip, task
     parts = dataclasses.replace(whole, images_at_once=3, prompts_at_once=2)
     found = []
     objective = build_objective(clip, task, whole, seed=0)
-    with attached(clip.model, rank=4) as sites:
+    with attached(clip.model, 4, only=objective.wants, tokens=objective.tokens) as sites:
         reset(sites, seed=0, random_importance=True)
+        objective.begin(sites)
         for number, site in enumerate(sites):
             generator = torch.Generator().manual_seed(number)
             torch.nn.init.normal_(site.lora.lora_B, std=0.02, generator=generator)
-        parameters = [p for site in sites for p in site.lora.parameters()]
+        parameters = [p for site in sites for p in site.lora.parameters() if p.requires_grad]
         for settings in (whole, parts):
             objective.encoders = Encoders.by(settings, clip.model)
             loss = objective.loss(1)

@@ -328,11 +328,12 @@ def test_cut_prompts_embed_as_whole_ones_in_every_causal_tower(pooling, custom_t
     "name", [pytest.param(n, marks=[pytest.mark.nightly] if n == "SigLIP" else []) for n in SMALL]
 )
 def test_the_default_preset_learns_on_every_kind_of_text_tower(tmp_path, name):
-    """One step in which every term of the objective takes part."""
+    """Steps in which every term of the objective takes part, on matrices and on rows of tokens."""
     clip = load_clip(f"local-dir:{write_model(tmp_path / 'model', SMALL[name])}")
     adaptation = adapt(
         clip, task_for(clip), preset("default").with_overrides(steps=2, rank=2, names_per_step=4)
     )
 
     assert adaptation.delta_norm > 0
-    assert {site.split(".")[0] for site in adaptation.ranks} == {"vision", "text"}
+    assert {site.split(".")[0] for site in adaptation.ranks} == {"text"}
+    assert adaptation.tokens > 0

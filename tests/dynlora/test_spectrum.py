@@ -1,0 +1,59 @@
+"""Gates as singular values: the same update, ordered by what each rank carries."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynlora.lora import LoRA
+from dynlora.rank import soft_threshold
+from dynlora.spectrum import respan
+
+
+def random_lora(rows, columns, rank, seed):
+    """Dense factors."""
+    lora = LoRA(columns, rows, rank)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.normal_(generator=generator)
+    return lora
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 10_000))
+def test_respanning_changes_no_update_and_makes_gates_its_singular_values(rows, columns, rank, seed):
+    """Up to one factor that all matrices share."""
+    loras = [random_lora(rows, columns, min(rank, rows, columns), seed), random_lora(1, columns, 1, seed + 1)]
+    before = [lora.delta().detach().clone() for lora in loras]
+    respan(loras, 0.1, 0.6)
+    values = [
+        torch.linalg.svdvals(delta)[: len(lora.importance)] for delta, lora in zip(before, loras, strict=True)
+    ]
+    unit = float(values[0][0] / loras[0].importance.detach()[0])
+
+    for lora, delta, expected in zip(loras, before, values, strict=True):
+        assert torch.allclose(lora.delta(), delta, atol=1e-4 * float(delta.abs().max() + 1))
+        assert torch.allclose(lora.importance * unit, expected, rtol=1e-3, atol=1e-3)
+
+
+@given(st.integers(0, 10_000), st.floats(0.001, 0.5))
+def test_thresholds_take_away_at_most_the_energy_that_was_asked_for(seed, energy):
+    """Over all matrices together: those that carry more keep more."""
+    loras = [random_lora(7, 5, 3, seed), random_lora(4, 6, 3, seed + 1)]
+    respan(loras, energy, 0.6)
+    gates = torch.cat([lora.importance for lora in loras]).detach()
+    dead = soft_threshold(gates, 0.6) == 0
+    share = float(gates[dead].square().sum() / gates.square().sum())
+
+    assert share <= energy + 1e-4
+
+
+def test_an_update_of_zero_stays_zero():
+    """Nothing was learnt: no division by it."""
+    lora = LoRA(5, 4, 2)
+    lora.reset(torch.Generator().manual_seed(0), random_importance=False)
+    respan([lora], 0.1, 0.6)
+
+    assert math.isfinite(float(lora.importance.detach().abs().sum()))
+    assert not lora.delta().any()
