@@ -308,6 +308,7 @@ def _method(plan: Plan, adaptation: Adaptation, seconds: float) -> dict[str, obj
         "seed": plan.seed,
         "steps": adaptation.steps,
         "final_loss": adaptation.loss,
+        "tokens": adaptation.tokens,
         "scale": adaptation.scale,
         "dtype": plan.dtype,
         "images_at_once": plan.images_at_once,

@@ -247,6 +247,8 @@ def _say_manifest(manifest: Manifest, told: list[dict[str, Any]]) -> None:
         ranks = sorted(manifest.ranks.values())
         mean = sum(ranks) / len(ranks)
         click.echo(f"kept ranks: {len(ranks)} matrices, {ranks[0]} to {ranks[-1]}, {mean:.1f} on average")
+    if tokens := (manifest.method or {}).get("tokens"):
+        click.echo(f"tokens of names with a new embedding: {tokens}")
     for rule in manifest.decision.rules if manifest.decision else ():
         click.echo(f"{'passed' if rule.passed else 'failed'}  {rule.rule}: {rule.detail}")
     for event in told:

@@ -45,10 +45,10 @@ class Settings:
     guard: float = 3.0  # images in general keep the name they had, if that was another,
     margin: float = 2.0  # by so many logits,
     keep: float = 10.0  # or if it was one of the batch's
-    hold: float = 25.0
+    hold: float = 80.0
     shrink: float = 0.025  # of ‖ΔW‖²
     known_factor: float = 8.0  # a known name weighs as much as so many others
-    names_per_step: int = 32  # of each kind of names that are held, looked at in a step
+    names_per_step: int = 48  # of each kind of names that are held, looked at in a step
     views: int = 2  # crops of each image, drawn once
     crop_min_area: float = 0.6  # share of the image that a random crop keeps at least
     colour_jitter: float = 0.1  # of contrast and brightness

@@ -128,7 +128,7 @@ def default(*, blind: bool = False) -> LowRank:
             token_learning_rate=base.token_learning_rate * pace,
         )
 
-    grid = tuple({"pace": pace} for pace in (1.0, 2.0, 4.0))
+    grid = tuple({"pace": pace} for pace in (0.5, 1.0, 2.0))
     if blind:
         return LowRank("default-blind", grid, settings)
     moments = ImageMoments.load(BUNDLED_MOMENTS, width=128)
