@@ -285,7 +285,8 @@ class Service:
         if request.command not in ("forget", "retry", "discard"):
             return None
         busy, working = self._reviser.working, self._lifecycle.working
-        is_graded = request.command == "forget" and exam_dir(self._home, request.batch or "").is_dir()
+        is_exam = request.command == "forget" and exam_dir(self._home, request.batch or "").is_dir()
+        is_graded = is_exam and self._reviser.is_changing_live  # a rebuild reads versions, and no exam
         if busy is not None and (busy.get("batch") == request.batch or is_graded):
             under_way = f"`{busy['command']} {busy.get('batch') or busy.get('version')}`"
             why = f"{under_way} is under way: {request.command} {request.batch} when that has ended"
@@ -297,7 +298,7 @@ class Service:
             return None
         if working is not None and working["batch"] == request.batch:
             self._lifecycle.interrupt("its images were forgotten", should_force=lambda: True)
-        elif working is not None and exam_dir(self._home, request.batch or "").is_dir():
+        elif working is not None and is_exam:
             self._pause_learning(f"the exam of {request.batch} was forgotten")
         return None
 

@@ -1,7 +1,7 @@
 """What the tests of the client share: versions made live by hand, and waiting for what follows."""
 
+import contextlib
 import io
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,8 +59,17 @@ def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return loads
 
 
+def opened(pid: int | str = "self") -> list[str]:
+    """Return the paths a process has open; none where it has ended. What it closes meanwhile is left out."""
+    paths = []
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                paths.append(str(link.readlink()))
+    return paths
+
+
 def open_below(directory: Path) -> list[str]:
     """Return this process's descriptors and memory maps that lead below a directory."""
-    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
     maps = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-    return [name for name in links + maps if name.startswith(f"{directory}/")]
+    return [name for name in opened() + maps if name.startswith(f"{directory}/")]

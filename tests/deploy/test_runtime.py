@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from deploy.errors import ClientError, ImageError, ManifestError, VerifyError
 from deploy.manifest import file_record
 from deploy.preprocess import decode_image
 from deploy.runtime import LoadedVersion
+from tests.deploy.swaps import open_below
 
 IMAGES = sorted((Path(__file__).parents[2] / "examples/demo/images/never_dropped").rglob("*.jpg"))[::20][:9]
 USED = [
@@ -67,13 +67,6 @@ def rewrite(directory: Path, name: str, change: Callable[[Path], object]) -> Non
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["files"][name] = file_record(directory / name).model_dump()
     (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
-def open_files(directory: Path) -> list[str]:
-    """Return this process's descriptors and memory maps that lead below a directory."""
-    links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
-    maps = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-    return [name for name in links + maps if name.startswith(str(directory))]
 
 
 def test_images_are_embedded_as_by_open_clip(loaded: LoadedVersion, torch_model: Any) -> None:
@@ -238,7 +231,7 @@ def test_a_damaged_file_is_refused_by_name(name: str, damage: str, own_version: 
     }
     assert name in str(caught.value)
     assert expected[damage] in str(caught.value)
-    assert open_files(own_version) == []
+    assert open_below(own_version) == []
 
 
 def test_a_missing_or_broken_manifest_is_named(own_version: Path) -> None:
@@ -330,12 +323,12 @@ def test_the_lock_on_the_manifest_is_held_until_close(own_version: Path) -> None
     """While loaded, a pruner cannot get the exclusive lock; afterwards it can, and no file stays open."""
     with (own_version / "manifest.json").open() as manifest:
         with LoadedVersion(own_version):
-            assert open_files(own_version) != []
+            assert open_below(own_version) != []
             with pytest.raises(BlockingIOError):
                 fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
         fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    assert open_files(own_version) == []
+    assert open_below(own_version) == []
 
 
 def test_a_version_that_is_being_pruned_is_not_loaded(own_version: Path) -> None:

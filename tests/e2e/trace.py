@@ -114,7 +114,8 @@ def strace(
     arguments += ["-o", str(room / "thread"), *command]
     with subprocess.Popen([program, *arguments], **options) as process:
         meanwhile()
-        assert process.wait(timeout=300) == code
+        found = process.wait(timeout=300)
+    assert found == code, f"{command} exited with {found}, not {code}"
     trace = Trace(below)
     for thread in room.glob("thread.*"):
         trace.read(thread)

@@ -203,6 +203,21 @@ def test_no_exam_is_forgotten_while_an_operator_has_it_graded(tiny):
     requests.withdraw(tiny.home, name)
 
 
+def test_an_exam_is_forgotten_while_a_version_is_rebuilt(tiny):
+    """A rebuild reads versions and no exam: the order need not wait, and the rebuild goes on."""
+    tiny.child = ["sleep", "300"]
+    name = requests.leave(tiny.home, Request(command="rebuild", to=1))
+    while tiny.service._reviser.working is None:
+        tiny.tick()
+
+    answer = order(tiny, "forget", batch_name(1))
+
+    assert (answer.exit_code, answer.error) == (0, None)
+    assert not pictures(tiny, batch_name(1))
+    assert tiny.service._reviser.working["command"] == "rebuild"
+    requests.withdraw(tiny.home, name)
+
+
 def test_a_worker_that_hangs_is_killed_and_its_batch_tried_again(bench):
     """It says nothing: the attempt fails with that reason, and the next one is published."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from deploy.runtime import LoadedVersion
 from tests.deploy.server.servers import Server, ask_pixels, binary_outputs, pixels, serving_process
-from tests.deploy.swaps import PUBLISHED, point, wait_for
+from tests.deploy.swaps import PUBLISHED, opened, point, wait_for
 
 PROCESSES = [("--workers", "1"), ("--workers", "2")]
 
@@ -178,8 +178,7 @@ def test_a_worker_that_hangs_does_not_hold_the_others_up(serving: Path) -> None:
 
 def _holds(pid: int, version: int) -> bool:
     """Whether a worker has a version loaded."""
-    links = [os.path.realpath(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-    return any(f"/versions/{version}/" in link for link in links)
+    return any(f"/versions/{version}/" in path for path in opened(pid))
 
 
 def _fresh(server: Server):
