@@ -39,6 +39,9 @@ class Quiet:
     def phase(self, name: str) -> None:
         """Say what is being done now."""
 
+    def step(self, **fields: int) -> None:
+        """The same."""
+
 
 def random_weights(architecture: str, directory: Path) -> Path:
     """Write a checkpoint of an open_clip architecture with seeded random weights."""

@@ -12,6 +12,9 @@ from daemon.errors import ConfigError
 from daemon.output import Options, common_options, pass_options
 
 HELD, FAILED = 3, 1
+_NO_IMAGES = (
+    "init --images FOLDER, with any photographs, makes what is learnt more accurate: see docs/models.md"
+)
 
 
 @click.command()
@@ -69,6 +72,8 @@ def init(
         run_worker(home, arguments, view)
         logs.log("initialised", home=str(home))
         EventLog(home).record("initialised", version=store.current())
+        if images is None and (model != "bundled" or pretrained):
+            logs.log("no_images_in_general", hint=_NO_IMAGES)
     names = [entry.name for entry in load_classes(store.path(0)).classes]
     manifest = store.live_manifest()
     document = {

@@ -20,6 +20,7 @@ from deploy.errors import ImageError
 from deploy.manifest import ClassEntry
 from deploy.preprocess import Preprocessing, decode_image
 from deploy.runtime import LoadedVersion
+from deploy.vision_digest import vision_digest
 
 _CHUNK = 64  # images in memory at a time, of the model's size: whatever the number of exams
 _KEPT_BYTES = 64 << 20  # of images that are not decoded again for the next version; 1300 of bundled's
@@ -130,6 +131,8 @@ class Examiner:
     _is_settled: bool = field(default=False, init=False)  # a version was graded; no image may drop out now
     _kept: dict[tuple[Path, Preprocessing], Float32] = field(default_factory=dict, init=False)
     _kept_bytes: int = field(default=0, init=False)
+    # Rows (dim,) by what the vision tower computes: a version with the same one would answer the same.
+    _seen: dict[tuple[str, Path], Float32] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         keys = {entry.key for entry in self.classes}
@@ -170,7 +173,8 @@ class Examiner:
         """
         asked = self.classes if classes is None else classes
         names = version.embed_classes([entry.name for entry in asked], [entry.template for entry in asked])
-        graded = [self._embed(version, sheet) for sheet in self.sheets]
+        tower = vision_digest(version.directory)
+        graded = [self._embed(version, sheet, tower) for sheet in self.sheets]
         self.sheets = [sheet for sheet, _ in graded if sheet.files or sheet.batch == self._own]
         self._is_settled = True
         embeddings = {sheet.batch: rows for sheet, rows in graded if sheet in self.sheets}
@@ -193,27 +197,29 @@ class Examiner:
             lost=int((was & ~now).sum()),
         )
 
-    def _embed(self, version: LoadedVersion, sheet: Sheet) -> tuple[Sheet, Float32]:
+    def _embed(self, version: LoadedVersion, sheet: Sheet, tower: str) -> tuple[Sheet, Float32]:
         """Embeddings (images, dim), and the sheet they are of: without what had to be left out."""
-        rows: list[Float32] = [np.zeros((0, version.manifest.embed_dim), np.float32)]
         kept: list[int] = []
         for start in range(0, len(sheet.files), _CHUNK):
-            pixels = []
+            fresh: dict[Path, Float32] = {}
             for index, path in enumerate(sheet.files[start : start + _CHUNK], start):
                 try:
-                    pixels.append(self._pixels(path, version.preprocessing))
+                    if (tower, path) not in self._seen:
+                        fresh[path] = self._pixels(path, version.preprocessing)
                 except BatchError as error:
                     self._leave_out(sheet, error)
                 else:
                     kept.append(index)
-            if pixels:
-                rows.append(version.encode_pixels(np.stack(pixels)))
+            if fresh:
+                rows = version.encode_pixels(np.stack(list(fresh.values())))
+                self._seen |= {(tower, path): row for path, row in zip(fresh, rows, strict=True)}
         left = replace(
             sheet,
             files=tuple(sheet.files[index] for index in kept),
             answers=tuple(sheet.answers[index] for index in kept),
         )
-        return left, np.concatenate(rows)
+        none = np.zeros((0, version.manifest.embed_dim), np.float32)
+        return left, np.stack([self._seen[tower, path] for path in left.files]) if kept else none
 
     def _pixels(self, path: Path, preprocessing: Preprocessing) -> Float32:
         """One image, (3, height, width), decoded once for all versions with this preprocessing."""

@@ -45,6 +45,9 @@ class Phases(Protocol):
     def phase(self, name: str) -> None:
         """Say what is being done now."""
 
+    def step(self, **fields: int) -> None:
+        """Say how far it has come: `step` of `steps`."""
+
 
 def found_store(
     home: Path,
@@ -69,7 +72,9 @@ def found_store(
     clip = load_clip(model, pretrained)
     if images:
         outlet.phase("look")
-        general.keep_of_folder(home, clip, images)
+        general.keep_of_folder(
+            home, clip, images, told=lambda done, count: outlet.step(step=done, steps=count)
+        )
     elif model == "bundled" and pretrained is None:
         general.keep_bundled(home)
     store = VersionStore(home / "serving")

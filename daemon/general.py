@@ -5,7 +5,7 @@ comes with its own; for another model `dynlora init --images FOLDER` makes them.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,15 +41,21 @@ def keep_bundled(home: Path) -> None:
     atomic.write_file(home / MOMENTS_NAME, BUNDLED_MOMENTS.read_bytes())
 
 
-def keep_of_folder(home: Path, clip: Clip, folder: Path) -> int:
+def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int, int], None]) -> int:
     """Moments of the images in a folder and its subfolders, any images; returns how many were used.
+
+    Args:
+        told: called with the number of files that were looked at, and of all there are.
 
     Raises:
         ConfigError: there are fewer than twice as many readable images as the embeddings have dimensions.
     """
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
     paths = paths[:: max(1, len(paths) // MOST_IMAGES)][:MOST_IMAGES]
-    parts = [_embed(clip, paths[start : start + _AT_ONCE]) for start in range(0, len(paths), _AT_ONCE)]
+    parts = []
+    for start in range(0, len(paths), _AT_ONCE):
+        parts.append(_embed(clip, paths[start : start + _AT_ONCE]))
+        told(min(start + _AT_ONCE, len(paths)), len(paths))
     found, least = sum(map(len, parts)), 2 * int(clip.model_cfg["embed_dim"])
     if found < least:
         raise ConfigError(

@@ -20,6 +20,7 @@ LINE_SECONDS = 10.0
 PHASES = {
     "start": "starting the worker",
     "load": "loading the model",
+    "look": "looking at images in general",
     "score": "grading the live version",
     "train": "learning",
     "fold": "folding the update",

@@ -40,6 +40,8 @@ SCALES = (1.0, 0.75, 0.5)  # the largest wins a draw
 # Bound the memory while the previous model is asked.
 _PROMPTS_AT_ONCE = 256
 _IMAGES_AT_ONCE = 64
+# Of names that share no token with the batch: enough that no step sees much of what another saw.
+_FAR_WORDS = 2_000
 # A drop's own images are alike; without moments of the model, what stands for images in general says less.
 _BLIND_STAND_INS = 128
 
@@ -123,7 +125,9 @@ class RetainingObjective:
         self.near_known = everyone[is_held & shares & is_known]
         self.near = everyone[is_held & shares & ~is_known]
         self.far_known = everyone[is_held & ~shares & is_known]
-        self.far = everyone[is_held & ~shares & ~is_known]
+        far = everyone[is_held & ~shares & ~is_known]
+        drawn = torch.randperm(len(far), generator=generator_for(self.seed, -1_000_000))
+        self.far = far[drawn[:_FAR_WORDS]]
 
     def _choose_held(self, generator: torch.Generator) -> Tensor:
         """Names that are to stay: of each kind at most `names_per_step`.

@@ -14,6 +14,7 @@ from daemon.examine import Examiner
 from daemon.exams import keep_exam
 from deploy.manifest import load_classes
 from deploy.preprocess import Preprocessing
+from deploy.runtime import LoadedVersion
 
 TEMPLATE = "a photo of a {}."
 
@@ -104,11 +105,26 @@ def test_an_image_is_decoded_once_for_both_versions(examiner, version_dir, tmp_p
         np.testing.assert_array_equal(after.embeddings[batch], embeddings)
 
 
+def test_a_version_with_the_same_vision_tower_is_graded_without_looking_at_images_again(
+    examiner, version_dir, monkeypatch
+):
+    """The embeddings are the same arrays; names are asked anew."""
+    own = examiner()
+    before = own.grade(version_dir)
+    monkeypatch.setattr(LoadedVersion, "encode_pixels", None)
+    after = own.grade(version_dir)
+
+    assert all((before.embeddings[batch] == rows).all() for batch, rows in after.embeddings.items())
+    assert after.names is not before.names
+
+
 def test_an_image_that_goes_between_the_two_grades_ends_the_attempt(
     examiner, version_dir, tmp_path, monkeypatch
 ):
     """Where there are too many to keep, each is decoded twice; the next attempt leaves it out of both."""
+    towers = iter(["before", "after"])
     monkeypatch.setattr(examine, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(examine, "vision_digest", lambda _: next(towers))
     own = examiner()
     own.grade(version_dir)
     (tmp_path / "exams" / "000001-cat" / "images/cat/3.png").unlink()

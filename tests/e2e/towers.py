@@ -39,6 +39,9 @@ class Phases:
     def phase(self, name: str) -> None:
         """Say nothing."""
 
+    def step(self, **fields: int) -> None:
+        """The same."""
+
 
 def write_model(directory: Path, config: dict[str, Any], *, vocabulary: int = 64) -> Path:
     """open_clip's folder of one model with random weights; with a tokenizer where its config names one."""
