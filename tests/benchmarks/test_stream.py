@@ -77,7 +77,10 @@ def _loss(clip, task):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "zero-shot"])
 def test_every_method_takes_real_steps_and_the_loss_falls(clip, weights, packs, name):
-    """The weights end up elsewhere, the images of the task are told apart better, nothing stays trainable."""
+    """The weights end up elsewhere, the images of the task are told apart better, nothing stays trainable.
+
+    The default leaves the vision tower as it is.
+    """
     [drop] = drops_of(packs[:1], [packs[0].train(0, shots=4, held_out=0)[0]], one_class=False)
     before = _loss(clip, drop.task)
     learner = method(name)
@@ -85,7 +88,7 @@ def test_every_method_takes_real_steps_and_the_loss_falls(clip, weights, packs, 
     moved = [key for key, value in clip.model.state_dict().items() if not torch.equal(value, weights[key])]
 
     assert _loss(clip, drop.task) < before
-    assert any(key.startswith("visual.") for key in moved)
+    assert any(key.startswith("visual.") for key in moved) == (not name.startswith("default"))
     assert any(key.startswith("transformer.") for key in moved)
     assert "logit_scale" not in moved
     assert np.isfinite(lesson.losses).all()
