@@ -76,8 +76,9 @@ def adapt_batch(
     batch = read_batch(work_dir)
     store = VersionStore(home / "serving")
     parent_dir, parent_manifest = store.path(parent), store.manifest(parent)
-    wanted = _plan(batch, parent_manifest, config)
-    stored = stored_plan(work_dir, wanted)
+    moments, moments_sha256 = image_moments(home, parent_manifest.embed_dim)
+    wanted = _plan(batch, parent_manifest, config, moments_sha256)
+    stored = _readable(stored_plan(work_dir, wanted))
     plan = stored or wanted
     torch.set_num_threads(plan.threads)
     # The same version twice, for torch to learn from and for ONNX Runtime to ask: both at once.
@@ -93,7 +94,7 @@ def adapt_batch(
         before = examiner.ask(live)
     with watch.stage("decode", is_told=False):
         task = load_task(batch, work_dir, Preprocessing.load(parent_dir / PREPROCESSOR_NAME), classes)
-        task = replace(task, moments=image_moments(home, parent_manifest.embed_dim))
+        task = replace(task, moments=moments)
     with watch.stage("train"):  # with the choice of how: it takes as long as a few steps
         if stored is None:
             plan = _with_trials(plan, clip, task, config)
@@ -201,7 +202,15 @@ def to_delta(adaptation: Adaptation) -> Delta:
     )
 
 
-def _plan(batch: Batch, parent: Manifest, config: Config) -> Plan:
+def _readable(stored: Plan | None) -> Plan | None:
+    """A plan whose settings this release still has: one of another release is made anew."""
+    try:
+        return stored if stored is None or _settings(stored) else None
+    except presets.SettingsError:
+        return None
+
+
+def _plan(batch: Batch, parent: Manifest, config: Config, moments_sha256: str | None) -> Plan:
     weights_sha256 = parent.files[WEIGHTS_NAME].sha256
     learning = config.learning
     settings = presets.preset(learning.preset)
@@ -217,6 +226,7 @@ def _plan(batch: Batch, parent: Manifest, config: Config) -> Plan:
         threads=learning.threads or usable_cpus(),
         preset=learning.preset,
         settings=settings.as_dict(),
+        moments_sha256=moments_sha256,
         software=software_versions(),
     )
 
@@ -309,6 +319,7 @@ def _method(plan: Plan, adaptation: Adaptation, seconds: float) -> dict[str, obj
         "steps": adaptation.steps,
         "final_loss": adaptation.loss,
         "tokens": adaptation.tokens,
+        "moments_sha256": plan.moments_sha256,
         "scale": adaptation.scale,
         "dtype": plan.dtype,
         "images_at_once": plan.images_at_once,

@@ -112,9 +112,10 @@ def _embeddings(found: Chronicle) -> str:
         "class names": found.series("mean_text_cosine"),
     }
     return (
-        "<p>Mean cosine between a version's embeddings and its parent's; 1 is no change. Vectors of two "
-        "versions are not comparable: an index over image embeddings is to be built anew when a version goes "
-        "live, by a hook on <code>published</code> for one.</p>" + curves(series, digits=4)
+        "<p>Mean cosine between a version's embeddings and its parent's; 1 is no change. The default preset "
+        "leaves those of images as they are. After any other change vectors of two versions are not "
+        "comparable: an index over image embeddings is to be built anew when such a version goes live, by a "
+        "hook on <code>published</code> for one.</p>" + curves(series, digits=4)
     )
 
 

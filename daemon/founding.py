@@ -77,6 +77,8 @@ def found_store(
         )
     elif model == "bundled" and pretrained is None:
         general.keep_bundled(home)
+    else:
+        general.keep_none(home)
     store = VersionStore(home / "serving")
     store.create()
     staging = store.stage("initial")

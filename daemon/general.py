@@ -5,6 +5,7 @@ comes with its own; for another model `dynlora init --images FOLDER` makes them.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,19 +27,26 @@ _AT_ONCE = 64
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
-def image_moments(home: Path, width: int) -> ImageMoments | None:
-    """What `dynlora init` kept; None where it had nothing to make it from.
+def image_moments(home: Path, width: int) -> tuple[ImageMoments, str] | tuple[None, None]:
+    """What `dynlora init` kept, and the file's sha256; None where it had nothing to make it from.
 
     Raises:
         ModelError: the file is damaged, or of another model.
     """
     path = home / MOMENTS_NAME
-    return ImageMoments.load(path, width=width) if path.exists() else None
+    if not path.exists():
+        return None, None
+    return ImageMoments.load(path, width=width), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def keep_bundled(home: Path) -> None:
     """The bundled model's moments, made from images it was trained on."""
     atomic.write_file(home / MOMENTS_NAME, BUNDLED_MOMENTS.read_bytes())
+
+
+def keep_none(home: Path) -> None:
+    """Forget what an `init` that failed later may have left: it was another model's."""
+    atomic.remove_file(home / MOMENTS_NAME)
 
 
 def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int, int], None]) -> int:
@@ -51,7 +59,8 @@ def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int,
         ConfigError: there are fewer than twice as many readable images as the embeddings have dimensions.
     """
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-    paths = paths[:: max(1, len(paths) // MOST_IMAGES)][:MOST_IMAGES]
+    count = min(len(paths), MOST_IMAGES)
+    paths = [paths[number * len(paths) // count] for number in range(count)]  # of all folders alike
     parts = []
     for start in range(0, len(paths), _AT_ONCE):
         parts.append(_embed(clip, paths[start : start + _AT_ONCE]))
@@ -68,12 +77,11 @@ def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int,
 
 def _embed(clip: Clip, paths: Sequence[Path]) -> Tensor:
     """(N, D) of the images that can be read."""
-    images = []
+    preprocessing, pixels = Preprocessing.from_open_clip_cfg(clip.preprocess_cfg), []
     for path in paths:
         with contextlib.suppress(ImageError, OSError):
-            images.append(decode_image(path.read_bytes()))
-    if not images:
+            pixels.append(torch.from_numpy(preprocessing([decode_image(path)])))  # one photograph at a time
+    if not pixels:
         return torch.zeros(0, int(clip.model_cfg["embed_dim"]))
-    pixels = Preprocessing.from_open_clip_cfg(clip.preprocess_cfg)(images)
     with torch.no_grad():
-        return F.normalize(clip.model.visual(torch.from_numpy(pixels)), dim=-1)  # type: ignore[operator]
+        return F.normalize(clip.model.visual(torch.cat(pixels)), dim=-1)  # type: ignore[operator]

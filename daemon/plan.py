@@ -34,6 +34,7 @@ class Plan(BaseModel):
     threads: int  # torch's; another number may round differently
     preset: str
     settings: dict[str, Any]
+    moments_sha256: str | None = None  # of the home's image moments: what is learnt depends on them
     software: dict[str, str]
 
 
@@ -63,7 +64,8 @@ def settle_plan(work_dir: Path, plan: Plan) -> Path:
 
 
 def _anchor(plan: Plan) -> tuple[object, ...]:
-    return plan.batch, plan.content_sha256, plan.parent_weights_sha256, plan.splits, plan.software
+    inputs = plan.content_sha256, plan.parent_weights_sha256, plan.moments_sha256
+    return plan.batch, *inputs, plan.splits, plan.software
 
 
 def _read(path: Path) -> Plan | None:

@@ -20,6 +20,7 @@ def vision_digest(directory: Path) -> str:
         VerifyError: a file is missing or cannot be read; names it.
     """
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     graph_path, weights_path = directory / VISION_GRAPH_NAME, directory / WEIGHTS_NAME
     try:
@@ -41,6 +42,6 @@ def vision_digest(directory: Path) -> str:
                     left -= len(block)
     except (OSError, KeyError, WeightsError, ValueError) as error:
         raise VerifyError(f"{directory}: the vision tower cannot be read: {error}") from error
-    except Exception as error:  # protobuf's own, which have no common base
+    except DecodeError as error:
         raise VerifyError(f"{graph_path} is not a valid ONNX graph: {error}") from error
     return digest.hexdigest()

@@ -108,11 +108,16 @@ def analyze(
         told: called after each trial with the number of those done and of all there are.
 
     Raises:
-        TaskError: nothing was held out to measure on.
+        TaskError: nothing was held out to measure on, or there is nothing to tell apart.
         ModelError: the architecture cannot be adapted.
     """
     if not len(held_out.labels):
         raise TaskError("no image is held out to measure on; give every class two images or more")
+    if len(task.classes) < 2 and sweep.settings.objective == "published":
+        raise TaskError(
+            f"{task.classes[0].name!r} is the only class; the published loss compares the classes of a batch "
+            "with each other, so give two or more"
+        )
     exam = _Exam(clip, task, held_out, probe, seed=sweep.seed)
     places = [(place, rank) for place in locations(clip) for rank in sweep.ranks]
     trials = [exam.grade(Location("none", "none", lambda _: False), 0, Adaptation([], {}, 0, math.nan))]

@@ -109,7 +109,7 @@ def adapt(
     with attach.attached(clip.model, settings.rank, only=is_wanted, tokens=objective.tokens) as sites:
         attach.reset(sites, seed=seed, random_importance=settings.gates == "random")
         objective.begin(sites)
-        run = _Run(sites, objective, settings, steps=settings.steps_for(len(task.labels)), seed=seed)
+        run = _Run(sites, objective, settings, steps=settings.steps, seed=seed)
         if hooks.resume_from is not None:
             run.restore(hooks.resume_from)
         loss = run.work(hooks)
@@ -178,7 +178,7 @@ class _Run:
 
         What survives a threshold is only rescaled: where it points was found by the dense steps.
         """
-        start, settings = self.schedule.ramp.start, self.settings
+        start, settings = max(1, self.schedule.ramp.start), self.settings  # something has to be learnt first
         if self.step == start:
             assert settings.kappa_total, "the thresholds of a spectrum add up to a known sum"
             spectrum.respan([site.lora for site in self.sites], settings.pruned_energy, settings.kappa_total)

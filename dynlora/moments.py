@@ -7,6 +7,7 @@ D is the width of the embeddings.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -39,7 +40,7 @@ class ImageMoments:
         noise = torch.randn(count, len(self.mean), generator=generator)
         return F.normalize(self.mean + noise @ self._root.T, dim=-1)
 
-    @property
+    @cached_property
     def _root(self) -> Tensor:
         width = len(self.mean)
         even = torch.eye(width) * (self.covariance.trace() / width)
@@ -66,4 +67,6 @@ class ImageMoments:
             raise ModelError(
                 f"{path} has image moments of width {len(moments.mean)}; the model's embeddings have {width}"
             )
+        if not all(bool(tensor.isfinite().all()) for tensor in (moments.mean, moments.covariance)):
+            raise ModelError(f"{path} has image moments that are no numbers; make the home anew")
         return moments

@@ -1,8 +1,7 @@
 """How to learn: one settings object, three presets."""
 
-import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from dynlora.errors import DynloraError
 from dynlora.rank import Operator, Ramp, Schedule
@@ -23,7 +22,7 @@ class Settings:
     images_at_once: int | None = None  # memory bounds them; None: all of a step
     prompts_at_once: int | None = None
     rank: int = 16  # of each matrix's update before pruning
-    steps: int | None = 500  # None: chosen from the number of images
+    steps: int = 500
     batch_size: int = 64  # images per step
     learning_rate: float = 5e-4  # peak; cosine to 0 without warm-up
     betas: tuple[float, float] = (0.9, 0.9999)
@@ -56,16 +55,19 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise SettingsError(f"dtype is {self.dtype!r}; expected float32 or bfloat16")
-        for name, least in (("rank", 1), ("batch_size", 1), ("kappa_levels", 2)):
+        for name, least in (("rank", 1), ("batch_size", 1), ("steps", 1), ("kappa_levels", 2)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected at least {least}")
         for name in ("images_at_once", "prompts_at_once"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; expected at least 1, or none for all at once")
-        if self.steps is not None and self.steps < 1:
+        if self.gates not in get_args(Gates):
+            raise SettingsError(f"gates is {self.gates!r}; expected {', '.join(get_args(Gates))}")
+        if self.gates == "spectrum" and not (self.kappa_total and 0 < self.pruned_energy < 1):
             raise SettingsError(
-                f"steps is {self.steps}; expected at least 1, or none to choose from the data"
+                f"kappa_total is {self.kappa_total} and pruned_energy {self.pruned_energy}; gates from the "
+                "spectrum take a sum of thresholds above 0 and a share of the energy between 0 and 1"
             )
         shares = (self.dense_fraction, self.settle_fraction)
         if min(shares) < 0 or sum(shares) > 1:
@@ -93,12 +95,6 @@ class Settings:
     def with_overrides(self, **overrides: Any) -> Self:
         """The same settings but for those given that are not None."""
         return replace(self, **{key: value for key, value in overrides.items() if value is not None})
-
-    def steps_for(self, images: int) -> int:
-        """The number of steps for a task of `images` training images."""
-        if self.steps is not None:
-            return self.steps
-        return max(60, min(500, round(12 * math.sqrt(images))))
 
     def schedule_for(self, steps: int) -> Schedule:
         """When and how much to threshold in a task of `steps` steps."""

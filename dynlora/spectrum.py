@@ -4,13 +4,14 @@ The published gates start at random, and which of them survive the thresholds is
 all gates start alike. When the dense steps end, every update ΔW = B diag(w) A is written anew as its singular
 value decomposition, with the singular values as gates: the soft threshold is then the proximal operator of
 the nuclear norm, and a rank survives by how much of the update it carries. One threshold holds for all
-matrices of both towers, so rank goes where the update is.
+matrices, so rank goes where the update is.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynlora.lora import LoRA
@@ -36,8 +37,13 @@ def _svd(lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
     """Of B diag(w) A by way of its thin factors: (out, r), (r,), (r, in)."""
     q_left, r_left = torch.linalg.qr(lora.lora_B * lora.importance)
     q_right, r_right = torch.linalg.qr(lora.lora_A.T)
-    left, values, right = torch.linalg.svd(r_left @ r_right.T)
-    return q_left @ left, values, right @ q_right.T
+    left, values, right = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    missing = len(lora.importance) - len(values)  # a rank above what the matrix can have carries nothing
+    return (
+        F.pad(q_left @ left, (0, missing)),
+        F.pad(values, (0, missing)),
+        F.pad(right @ q_right.T, (0, 0, 0, missing)),
+    )
 
 
 def _cut(values: Tensor, energy: float) -> float:

@@ -1,8 +1,9 @@
 """Every method behind one protocol: it is given a model and a task, and leaves the model with new weights.
 
 Methods that learn a low-rank update go through `dynlora.adapt`, the others are in `tuning.py`. All do the
-same number of steps on the same number of images, and choose among three settings on held-out training
-images. All leave the architecture as it is; what changes it (DIKI, C-ADA) is not here.
+same number of steps on the same number of images, but for the default, which looks at each image once and
+takes more steps without any; all choose among three settings on held-out training images. All leave the
+architecture as it is; what changes it (DIKI, C-ADA) is not here.
 """
 
 from collections.abc import Callable
@@ -81,7 +82,9 @@ class LowRank:
         settings = replace(settings, steps=round(budget.steps * share), batch_size=budget.batch_size)
         losses: list[float] = []
         hooks = Hooks(on_progress=lambda progress: losses.append(progress.loss))
-        adaptation = adapt(clip, replace(task, moments=self._moments), settings, seed=seed, hooks=hooks)
+        is_theirs = self._moments is not None and len(self._moments.mean) == clip.model_cfg["embed_dim"]
+        task = replace(task, moments=self._moments if is_theirs else None)
+        adaptation = adapt(clip, task, settings, seed=seed, hooks=hooks)
         fold_into(dict(clip.model.named_parameters()), adaptation)
         return Lesson(ends(losses), mean_rank(adaptation))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from daemon.adaptation import _hooks, _settings, _with_trials, load_task
+from daemon.adaptation import _hooks, _readable, _settings, _with_trials, load_task
 from daemon.analysing import _task
 from daemon.batch import Batch, BatchClass, BatchImage
 from daemon.config import Config
@@ -134,6 +134,27 @@ def test_an_image_that_is_not_what_was_taken_in_is_never_learnt(batch, tmp_path,
 
     with pytest.raises(BatchError, match=rf"images/{number}\.png cannot be used"):
         load(batch, tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"stand_ins": 64}, {"kappa_levels": 1}])
+def test_a_plan_whose_settings_this_release_does_not_have_is_made_anew(settings):
+    """After an upgrade in the middle of a batch: not a batch that fails."""
+    plan = Plan(
+        batch="000001-cups",
+        content_sha256="0" * 64,
+        parent=1,
+        parent_weights_sha256="1" * 64,
+        seed=1,
+        splits={},
+        threads=1,
+        preset="default",
+        settings=preset("default").as_dict(),
+        software={},
+    )
+
+    assert _readable(plan) is plan
+    assert _readable(plan.model_copy(update={"settings": plan.settings | settings})) is None
+    assert _readable(None) is None
 
 
 @pytest.mark.parametrize(("memory_bytes", "at_once"), [(1, 1), (1 << 60, None)])

@@ -1,13 +1,18 @@
 """Drop → live with nothing replaced by a stand-in."""
 
+import hashlib
 import json
 import shutil
+import subprocess
 
 import pytest
 
 from daemon.exams import load_exams
+from daemon.general import MOMENTS_NAME
+from deploy.vision_digest import vision_digest
+from dynlora.clip import BUNDLED_MOMENTS
 from tests.daemon.runs import runs_of
-from tests.e2e.conftest import IMAGES, asking, wait_until
+from tests.e2e.conftest import DYNLORA, IMAGES, ROOT, asking, environment, wait_until
 
 
 def test_two_batches_become_two_versions_that_verify(undisturbed):
@@ -23,6 +28,36 @@ def test_two_batches_become_two_versions_that_verify(undisturbed):
     assert {exam.batch for _, exam in load_exams(undisturbed.path)} == set(undisturbed.spool.ids("done"))
     second = manifests[2].metrics["exams"]
     assert [row["batch"] for row in second] == undisturbed.spool.ids("done")[::-1]
+
+
+def test_what_a_version_was_learnt_with_is_on_record(undisturbed):
+    """Image moments and tokens, too; the vision tower is the first version's, as the preset wants it."""
+    manifests = [undisturbed.store.manifest(n) for n in undisturbed.store.versions()]
+    moments = hashlib.sha256((undisturbed.path / MOMENTS_NAME).read_bytes()).hexdigest()
+
+    assert [m.method["moments_sha256"] for m in manifests[1:]] == [moments] * 2
+    assert all(m.method["tokens"] > 0 for m in manifests[1:])
+    assert len({vision_digest(undisturbed.store.path(m.version)) for m in manifests}) == 1
+    assert all(m.metrics["mean_image_cosine"] == pytest.approx(1, abs=1e-6) for m in manifests[1:])
+
+
+@pytest.mark.nightly
+def test_images_in_general_can_be_given_with_a_new_home(tmp_path):
+    """Moments of one's own photographs take the place of the bundled ones; too few are refused."""
+    (tmp_path / "few").mkdir()
+    shutil.copy(next((IMAGES / "heldout").rglob("*.jpg")), tmp_path / "few")
+    refused, made = (
+        subprocess.run(
+            [*DYNLORA, "init", str(tmp_path / "home"), "--images", str(images)],
+            cwd=ROOT, capture_output=True, text=True, check=False, env=environment(),
+        )
+        for images in (tmp_path / "few", IMAGES)
+    )  # fmt: skip
+
+    assert refused.returncode == 1
+    assert "expected at least 256" in refused.stderr
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "home" / MOMENTS_NAME).read_bytes() != BUNDLED_MOMENTS.read_bytes()
 
 
 def test_the_program_answers_with_the_new_classes(undisturbed):
