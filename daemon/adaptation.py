@@ -2,8 +2,9 @@
 
     score the live version → adapt → prune → delta → fold → stage → exam → verify
 
-Everything written is either inside the batch's own directory or in the store's staging directory, so a
-crash at any point loses nothing but time. The decision to publish is not made here.
+Everything written is inside the batch's own directory or in the store's staging directory, but for what is
+remembered of older exams (daemon.exam_embeddings), so a crash at any point loses nothing but time. The
+decision to publish is not made here.
 """
 
 import resource
@@ -24,10 +25,11 @@ from daemon.child import Outlet, StopFlag
 from daemon.config import Config
 from daemon.curve import CurveWriter, Point
 from daemon.errors import WorkerError
-from daemon.examine import Examiner, load_pixels
+from daemon.examine import Examiner
 from daemon.founding import software_versions
 from daemon.general import image_moments
 from daemon.grading import Grading, Stopwatch
+from daemon.pixels import load_pixels
 from daemon.plan import Plan, seed_of, settle_plan, stored_plan
 from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
 from daemon.spool import Spool

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from daemon.batch import Batch
 from daemon.errors import BatchError, WorkerError
+from daemon.exam_embeddings import Memory, Rows
 from daemon.exams import load_exams
-from daemon.plain_file import NotPlainError, open_plain
+from daemon.pixels import blaming
 from daemon.report import ExamResult
-from deploy.errors import ImageError
+from deploy.decode import read_image
 from deploy.manifest import ClassEntry
 from deploy.preprocess import Preprocessing, decode_image
 from deploy.runtime import LoadedVersion
@@ -31,9 +32,10 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sheet:
-    """One batch's exam: files and the keys of their right answers."""
+    """One batch's exam: the directory that it lies in, files and the keys of their right answers."""
 
     batch: str
+    directory: Path
     files: tuple[Path, ...]
     answers: tuple[str, ...]
 
@@ -70,40 +72,6 @@ class Grades:
         }
 
 
-def load_pixels(path: Path, preprocessing: Preprocessing, *, sha256: str | None = None) -> Float32:
-    """One image as the model takes it: (3, height, width).
-
-    Args:
-        sha256: what the file was when the batch was taken in; None to take it as it is.
-
-    Raises:
-        BatchError: the image is missing, damaged, a link, or no longer what it was; names it.
-    """
-    try:
-        pixels: Float32 = preprocessing([decode_image(path if sha256 is None else _read(path, sha256))])[0]
-    except ImageError as error:
-        raise BatchError(f"{path} cannot be used: {error.reason}") from error
-    return pixels
-
-
-def _read(path: Path, sha256: str) -> bytes:
-    """The content of a plain file, read once: what is hashed is what is decoded."""
-    try:
-        with open_plain(path) as file:
-            content = file.read()
-    except NotPlainError as error:
-        raise ImageError(f"{error}; drop the images again") from error
-    except FileNotFoundError as error:
-        raise ImageError("the file does not exist (or no longer)") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ImageError(
-            f"it was changed after it was taken in: batch.json records sha256 {sha256}, found {found}; "
-            "drop the images again"
-        )
-    return content
-
-
 @dataclass
 class Examiner:
     """All exams there are: the batch's own first, then those of the batches kept before it.
@@ -133,20 +101,24 @@ class Examiner:
     _kept_bytes: int = field(default=0, init=False)
     # Rows (dim,) by what the vision tower computes: a version with the same one would answer the same.
     _seen: dict[tuple[str, Path], Float32] = field(default_factory=dict, init=False)
+    _hashes: dict[Path, str] = field(default_factory=dict, init=False)  # sha256 of what was looked at
 
     def __post_init__(self) -> None:
+        self._memory = Memory(self.warnings.append)
         keys = {entry.key for entry in self.classes}
         self.sheets: list[Sheet] = []
         if self.batch is not None:
             own = self.batch.split("exam")
             files = tuple(self.work_dir / image.file for image in own)
-            self.sheets.append(Sheet(self.batch.id, files, tuple(image.class_key for image in own)))
+            answers = tuple(image.class_key for image in own)
+            self.sheets.append(Sheet(self.batch.id, self.work_dir, files, answers))
         for directory, exam in load_exams(self.home, self.warnings.append):
             # A name that left with a roll-back cannot be answered; its images wait until it is back.
             known = [image for image in exam.images if image.class_key in keys]
             if known and exam.batch not in {self._own, *self.without}:
                 files = tuple(directory / image.file for image in known)
-                self.sheets.append(Sheet(exam.batch, files, tuple(image.class_key for image in known)))
+                answers = tuple(image.class_key for image in known)
+                self.sheets.append(Sheet(exam.batch, directory, files, answers))
 
     @property
     def _own(self) -> str | None:
@@ -200,17 +172,21 @@ class Examiner:
     def _embed(self, version: LoadedVersion, sheet: Sheet, tower: str) -> tuple[Sheet, Float32]:
         """Embeddings (images, dim), and the sheet they are of: without what had to be left out."""
         kept: list[int] = []
+        dim, is_new = version.manifest.embed_dim, False
+        is_known = all((tower, path) in self._seen for path in sheet.files)
+        remembered = {} if is_known else self._memory.load(sheet.directory, tower, dim)
         for start in range(0, len(sheet.files), _CHUNK):
             fresh: dict[Path, Float32] = {}
             for index, path in enumerate(sheet.files[start : start + _CHUNK], start):
                 try:
-                    if (tower, path) not in self._seen:
+                    if not self._is_remembered(tower, path, sheet, remembered):
                         fresh[path] = self._pixels(path, version.preprocessing)
                 except BatchError as error:
                     self._leave_out(sheet, error)
                 else:
                     kept.append(index)
             if fresh:
+                is_new = True
                 rows = version.encode_pixels(np.stack(list(fresh.values())))
                 self._seen |= {(tower, path): row for path, row in zip(fresh, rows, strict=True)}
         left = replace(
@@ -218,19 +194,57 @@ class Examiner:
             files=tuple(sheet.files[index] for index in kept),
             answers=tuple(sheet.answers[index] for index in kept),
         )
-        none = np.zeros((0, version.manifest.embed_dim), np.float32)
+        if is_new:
+            # Besides what was asked now: images of a name that left for a while keep their rows.
+            self._memory.save(sheet.directory, tower, {**remembered, **self._rows(left, tower)})
+        none = np.zeros((0, dim), np.float32)
         return left, np.stack([self._seen[tower, path] for path in left.files]) if kept else none
+
+    def _is_remembered(self, tower: str, path: Path, sheet: Sheet, remembered: Rows) -> bool:
+        """Whether the row of an image is known; one kept earlier counts if the file is what it was then.
+
+        Raises:
+            BatchError: the image cannot be read.
+        """
+        if (tower, path) in self._seen:
+            return True
+        known = remembered.get(_name(sheet, path))
+        if known is None:
+            return False
+        with blaming(path):
+            content = read_image(path)
+        sha256, row = known
+        if hashlib.sha256(content).hexdigest() != sha256:
+            return False
+        self._check_same(path, sha256)
+        self._seen[tower, path] = row
+        return True
 
     def _pixels(self, path: Path, preprocessing: Preprocessing) -> Float32:
         """One image, (3, height, width), decoded once for all versions with this preprocessing."""
         kept = self._kept.get((path, preprocessing))
         if kept is not None:
             return kept
-        pixels = load_pixels(path, preprocessing)
+        with blaming(path):
+            content = read_image(path)
+            pixels: Float32 = preprocessing([decode_image(content)])[0]
+        self._check_same(path, hashlib.sha256(content).hexdigest())
         if self._kept_bytes + pixels.nbytes <= _KEPT_BYTES:
             self._kept[path, preprocessing] = pixels
             self._kept_bytes += pixels.nbytes
         return pixels
+
+    def _check_same(self, path: Path, sha256: str) -> None:
+        """All versions are asked about the same content.
+
+        Raises:
+            BatchError: this is another content than before.
+        """
+        if self._hashes.setdefault(path, sha256) != sha256:
+            raise BatchError(f"{path} cannot be used: it was changed between the grades of two versions")
+
+    def _rows(self, sheet: Sheet, tower: str) -> Rows:
+        return {_name(sheet, p): (self._hashes[p], self._seen[tower, p]) for p in sheet.files}
 
     def _leave_out(self, sheet: Sheet, error: BatchError) -> None:
         if sheet.batch == self._own:
@@ -238,3 +252,7 @@ class Examiner:
         if self._is_settled:
             raise WorkerError(f"{error}, though it was a moment ago") from error
         self.warnings.append(f"{error}; it is left out of the exam of {sheet.batch}")
+
+
+def _name(sheet: Sheet, path: Path) -> str:
+    return path.relative_to(sheet.directory).as_posix()

@@ -1,9 +1,10 @@
 """`exams/<id>/`: the exam images of published batches, which grade every later candidate.
 
 Nothing here is ever trained or tuned on; no learner code opens this directory. An exam is written whole or
-not at all, and is never changed afterwards.
+not at all, and is never changed afterwards, apart from what versions answered to it (daemon.exam_embeddings).
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.batch import Batch, BatchImage
+from daemon.exam_embeddings import EMBEDDINGS_NAME
 from deploy import atomic, disk
 
 EXAM_FILE = "exam.json"
@@ -62,11 +64,21 @@ def keep_exam(home: Path, batch: Batch, batch_dir: Path, *, max_images_per_class
         disk.make_dirs(copy.parent)
         disk.copy(batch_dir / image.file, copy)
         images.append(ExamImage(file=image.file, class_key=image.class_key, sha256=image.sha256))
+    _copy_embeddings(batch_dir, staging)
     record = Exam(batch=batch.id, images=tuple(images))
     disk.write_new(staging / EXAM_FILE, (record.model_dump_json(indent=1) + "\n").encode())
     atomic.fsync_tree(staging)
     atomic.rename(staging, target)
     return target
+
+
+def _copy_embeddings(batch_dir: Path, staging: Path) -> None:
+    """What the worker kept of these images goes with them; where that cannot be, they are looked at again."""
+    try:
+        disk.copy(batch_dir / EMBEDDINGS_NAME, staging / EMBEDDINGS_NAME)
+    except OSError:
+        with contextlib.suppress(OSError):  # a part is recognised as damaged
+            disk.unlink(staging / EMBEDDINGS_NAME, missing_ok=True)
 
 
 def load_exams(home: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator[tuple[Path, Exam]]:

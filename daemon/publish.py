@@ -21,6 +21,7 @@ from daemon import logs
 from daemon.batch import Batch
 from daemon.config import Config
 from daemon.errors import WorkerError
+from daemon.exam_embeddings import EMBEDDINGS_NAME, LEFTOVERS
 from daemon.exams import keep_exam
 from daemon.gate import decide
 from daemon.plan import CHECKPOINT_DIR, PLAN_NAME, Plan
@@ -144,6 +145,8 @@ class Publisher:
         if self.config.exam.keep and batch.forgotten is None:
             limit = self.config.exam.max_images_per_class
             keep_exam(self.home, batch, work_dir, max_images_per_class=limit)
+        if (work_dir / EMBEDDINGS_NAME).exists():
+            atomic.remove_file(work_dir / EMBEDDINGS_NAME)  # it is in the exam, if there is one
         atomic.remove_tree(work_dir / CHECKPOINT_DIR)
         if (work_dir / RESULT_DIR).is_dir():
             atomic.remove_file(work_dir / RESULT_DIR / DELTA_NAME)  # it is in the version
@@ -170,8 +173,9 @@ class Publisher:
 
     def drop_staging(self, batch_id: str) -> None:
         """Remove a staged version that no report vouches for, and files that were being written."""
-        for leftover in self.spool.path(batch_id).glob(f"*/{atomic.TEMPORARY_PREFIX}*"):
-            atomic.remove_tree(leftover)
+        for pattern in (f"*/{atomic.TEMPORARY_PREFIX}*", LEFTOVERS):
+            for leftover in self.spool.path(batch_id).glob(pattern):
+                atomic.remove_tree(leftover)
         atomic.remove_tree(self.staging_dir(batch_id))
 
     def prune(self) -> None:

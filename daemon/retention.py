@@ -21,6 +21,7 @@ from daemon.batch import BATCH_FILE, read_batch
 from daemon.config import RetentionConfig
 from daemon.errors import BatchError
 from daemon.events import earlier_events, rotated_at
+from daemon.exam_embeddings import LEFTOVERS
 from daemon.exams import EXAM_FILE
 from daemon.plan import PLAN_NAME
 from daemon.report import RESULT_DIR
@@ -102,7 +103,12 @@ def _clean(directory: Path) -> bool:
 
 
 def remove_leftovers(home: Path) -> None:
-    """At start: remove temporary files of writes that a crash cut short, outside spool/ and serving/."""
-    for folder in (home, home / "requests", home / "requests" / "done", home / "exams"):
-        for path in folder.glob(f"{atomic.TEMPORARY_PREFIX}*"):
+    """At start: remove temporary files of writes that a crash cut short, outside spool/ and serving/.
+
+    Within spool/ only what a worker left that was to promote a held batch.
+    """
+    folders = ("", "requests/", "requests/done/", "exams/")
+    patterns = [f"{folder}{atomic.TEMPORARY_PREFIX}*" for folder in folders]
+    for pattern in (*patterns, f"exams/*/{LEFTOVERS}", f"spool/held/*/{LEFTOVERS}"):
+        for path in home.glob(pattern):
             atomic.remove_tree(path)

@@ -5,7 +5,8 @@
 
 The weights come from the one fold; torch only computes what lies beside them (class embeddings, and the
 reference outputs that parity is checked against: computed by ONNX Runtime they would prove nothing).
-Nothing outside the store's staging directory is written. The decision to publish is not made here.
+Nothing outside the store's staging directory is written, but for what is remembered of exams
+(daemon.exam_embeddings). The decision to publish is not made here.
 """
 
 from dataclasses import dataclass

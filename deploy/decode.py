@@ -8,6 +8,8 @@ import functools
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,9 +41,21 @@ def decode_image(
         return _to_rgb(source, max_pixels, min_side_pixels)
     if isinstance(source, bytes):
         return _decode_file(io.BytesIO(source), len(source), max_pixels, min_side_pixels)
+    with _opened(Path(source)) as file:
+        return _decode_file(file, os.fstat(file.fileno()).st_size, max_pixels, min_side_pixels)
+
+
+def read_image(path: Path) -> bytes:
+    """A picture file's bytes, for `decode_image`; the errors are its own, too."""
+    with _opened(path) as file:
+        return file.read()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        with Path(source).open("rb") as file:
-            return _decode_file(file, os.fstat(file.fileno()).st_size, max_pixels, min_side_pixels)
+        with path.open("rb") as file:
+            yield file
     except FileNotFoundError as error:
         raise ImageError("the file does not exist (or no longer)") from error
     except IsADirectoryError as error:

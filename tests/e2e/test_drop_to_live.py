@@ -7,12 +7,16 @@ import subprocess
 
 import pytest
 
+from daemon.exam_embeddings import EMBEDDINGS_NAME
+from daemon.examine import Examiner
 from daemon.exams import load_exams
 from daemon.general import MOMENTS_NAME
+from deploy.manifest import load_classes
+from deploy.runtime import LoadedVersion
 from deploy.vision_digest import vision_digest
 from dynlora.clip import BUNDLED_MOMENTS
 from tests.daemon.runs import runs_of
-from tests.e2e.conftest import DYNLORA, IMAGES, ROOT, asking, environment, wait_until
+from tests.e2e.conftest import DYNLORA, IMAGES, ROOT, Home, asking, environment, wait_until
 
 
 def test_two_batches_become_two_versions_that_verify(undisturbed):
@@ -58,6 +62,32 @@ def test_images_in_general_can_be_given_with_a_new_home(tmp_path):
     assert "expected at least 256" in refused.stderr
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "home" / MOMENTS_NAME).read_bytes() != BUNDLED_MOMENTS.read_bytes()
+
+
+def test_a_third_batch_embeds_no_exam_image_but_its_own(undisturbed, tmp_path):
+    """What the workers of the first two kept is not made anew, and images that it is of are not looked at."""
+    shutil.copytree(undisturbed.path, tmp_path / "home", symlinks=True)
+    home = Home(tmp_path / "home")
+    before = kept_embeddings(home)
+    home.submit("dress")
+    home.finish()
+    after = kept_embeddings(home)
+
+    assert list(before) == undisturbed.spool.ids("done")
+    assert {batch: after[batch] for batch in before} == before
+    assert list(after) == home.spool.ids("done")
+    assert len(after) == 3
+    assert not list(home.path.glob(f"spool/*/*/{EMBEDDINGS_NAME}"))
+    examiner = Examiner(home.path, None, home.path, load_classes(home.store.path(3)).classes, threads=1)
+    with LoadedVersion(home.store.path(3), threads=1) as version:
+        version.encode_pixels = None  # nobody calls it
+        assert len(examiner.ask(version).embeddings) == 3
+
+
+def kept_embeddings(home):
+    """Batch → inode and time of the file; one is written anew wherever an image was embedded."""
+    states = {path.parent.name: path.stat() for path in home.path.glob(f"exams/*/{EMBEDDINGS_NAME}")}
+    return {batch: (states[batch].st_ino, states[batch].st_mtime_ns) for batch in sorted(states)}
 
 
 def test_the_program_answers_with_the_new_classes(undisturbed):

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from daemon import child, requests, supervisor, worker
-from daemon.batch import read_batch
+from daemon.batch import Batch, read_batch
 from daemon.config import AttemptsConfig, Config, InboxConfig
+from daemon.exam_embeddings import EMBEDDINGS_NAME, Memory
 from daemon.exams import load_exams
 from daemon.home import create_home
 from daemon.lifecycle import Launch
@@ -30,6 +31,7 @@ from daemon.spool import STATES, Spool
 from deploy import atomic
 from deploy.store import VersionStore
 from deploy.verify import check_files
+from deploy.weights import read_metadata
 from tests.deploy.tiny import found_tiny, stage_update
 
 CONFIG = Config(
@@ -39,6 +41,7 @@ CONFIG = Config(
 NAMES = ("cup", "hat")
 TICKS = 4000
 IMAGES = 5
+WIDTH = 4  # of what is remembered of exams
 
 
 def new_home(home: Path) -> None:
@@ -146,6 +149,7 @@ def _work(given: dict[str, str]) -> int:
         seed=1, splits={}, threads=1, preset="default", settings={}, software={},
     )  # fmt: skip
     atomic.write_text(work_dir / PLAN_NAME, plan.model_dump_json(by_alias=True))
+    _remember(home, work_dir, batch)
     atomic.make_dir(work_dir / "checkpoint")
     atomic.write_text(work_dir / "checkpoint" / "checkpoint.safetensors", "1")
     atomic.make_dir(work_dir / "result")
@@ -161,6 +165,15 @@ def _work(given: dict[str, str]) -> int:
     return 0
 
 
+def _remember(home: Path, work_dir: Path, batch: Batch) -> None:
+    """Of the batch's own exam and of those kept before, as if each batch had another tower."""
+    images = {work_dir: batch.split("exam")} | {where: exam.images for where, exam in load_exams(home)}
+    for directory, shown in images.items():
+        rows = {image.file: (image.sha256, np.full(WIDTH, batch.seq, np.float32)) for image in shown}
+        if rows:
+            Memory(lambda _: None).save(directory, batch.id, rows)
+
+
 def check_visible(home: Path, batches: int = len(NAMES)) -> None:
     """At any moment, before anybody recovers: what clients see is whole, and every image is in one place."""
     store = VersionStore(home / "serving")
@@ -174,6 +187,13 @@ def check_visible(home: Path, batches: int = len(NAMES)) -> None:
     whole = [path for path in home.rglob("*.png") if path.stat().st_size]
     kept = {path.read_bytes() for path in whole if "exams" not in path.parts}
     assert len(kept) == IMAGES * batches, f"{len(kept)} of {IMAGES * batches} images are left"
+    assert not list(home.glob(f"spool/done/*/{EMBEDDINGS_NAME}"))
+    for path in home.glob(f"exams/0*/{EMBEDDINGS_NAME}"):
+        assert Memory(_refuse).load(path.parent, read_metadata(path)["tower"], WIDTH)
+
+
+def _refuse(sentence: str) -> None:
+    raise AssertionError(sentence)
 
 
 def outcome(home: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 
 from daemon import requests
 from daemon.errors import RequestError
+from daemon.exam_embeddings import EMBEDDINGS_NAME
 from daemon.forget import finish_forgetting, forget
 from daemon.requests import Request
 from deploy import atomic
@@ -55,6 +56,17 @@ def test_a_done_batch_leaves_no_image_and_its_versions_stay(tiny):
         check_files(tiny.store.path(version), tiny.store.manifest(version).files)
     assert f"`dynlora revert {batch_name(1)}`" in answer.result["remains"][0]
     assert order_forget(tiny, batch_name(1)).result["images"] == {"spool": 0, "exams": 0, "inbox": 0}
+
+
+def test_what_was_computed_of_exam_images_goes_with_them(tiny):
+    """Of a kept exam and of a held batch; it is as good as the images to whoever has the model."""
+    held = tiny.add("held", 3)
+    for directory in (tiny.home / "exams" / batch_name(1), tiny.spool.path(held)):
+        (directory / EMBEDDINGS_NAME).write_bytes(b"embeddings")
+    order_forget(tiny, batch_name(1))
+    order_forget(tiny, held)
+
+    assert not list(tiny.home.rglob(EMBEDDINGS_NAME))
 
 
 def test_a_held_batch_keeps_what_was_learnt_and_can_still_be_promoted(tiny):
