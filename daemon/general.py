@@ -46,7 +46,8 @@ def keep_bundled(home: Path) -> None:
 
 def keep_none(home: Path) -> None:
     """Forget what an `init` that failed later may have left: it was another model's."""
-    atomic.remove_file(home / MOMENTS_NAME)
+    if (home / MOMENTS_NAME).exists():
+        atomic.remove_file(home / MOMENTS_NAME)
 
 
 def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int, int], None]) -> int:
