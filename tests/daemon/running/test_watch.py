@@ -26,7 +26,7 @@ def read_until(terminal: int, words: str, seconds: float = 30) -> str:
 
 def test_the_page_follows_the_work_and_ctrl_c_ends_it_with_0(quick_home, running):
     """Idle, then a batch with its steps, then the decision; the terminal is given back as it was."""
-    behave(quick_home, steps=100, step_seconds=0.02)
+    behave(quick_home, steps=100, step_seconds=0.05)  # long enough for a page on a busy machine
     terminal, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "daemon.cli", "status", "--watch", "--home", str(quick_home)],
