@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from deploy.preprocess import Preprocessing, decode_image
 from dynlora import augment, prompts
 from dynlora.attach import attached, reset
-from dynlora.clip import load_clip
+from dynlora.clip import BUNDLED_MOMENTS, load_clip
 from dynlora.errors import Interrupted
 from dynlora.learner import Hooks, adapt
+from dynlora.moments import ImageMoments
 from dynlora.retaining import RetainingObjective
 from dynlora.sampling import generator_for
 from dynlora.settings import DEFAULT
@@ -81,20 +82,25 @@ def test_one_class_alone_is_learnt_in_few_steps_and_the_known_names_stay_where_t
 
 @pytest.mark.nightly
 def test_one_class_dropped_alone_is_recognised_among_all_known_names_and_the_old_ones_stay():
-    """Four classes first, then shoes alone: no image of the four is seen again."""
-    clip = load_clip()
+    """Four classes first, then shoes alone: no image of the four is seen again.
+
+    With the moments that the bundled model brings; without any the old ones lose twice as much as is allowed
+    here (docs/log.md).
+    """
+    clip, moments = load_clip(), ImageMoments.load(BUNDLED_MOMENTS, width=128)
     old = ["dress", "hat", "pants", "t-shirt"]
+    first, second = task_of(clip, old), task_of(clip, ["shoes"], known=old)
     union = [*old, "shoes"]
-    merge(clip, adapt(clip, task_of(clip, old), DEFAULT, seed=0))
+    merge(clip, adapt(clip, dataclasses.replace(first, moments=moments), DEFAULT, seed=0))
     before, new_before = accuracy(clip, old, union), accuracy(clip, ["shoes"], union)["shoes"]
-    merge(clip, adapt(clip, task_of(clip, ["shoes"], known=old), DEFAULT, seed=1))
+    merge(clip, adapt(clip, dataclasses.replace(second, moments=moments), DEFAULT, seed=1))
     after, new_after = accuracy(clip, old, union), accuracy(clip, ["shoes"], union)["shoes"]
     mean_before, mean_after = (sum(shares.values()) / len(old) for shares in (before, after))
     print(f"shoes {new_before:.2f} → {new_after:.2f}; old {mean_before:.2f} → {mean_after:.2f}")
     print(f"{before} → {after}")
 
     assert new_after >= new_before + 0.3
-    assert mean_after >= mean_before - 0.2
+    assert mean_after >= mean_before - 0.15
 
 
 def test_the_published_loss_teaches_nothing_from_one_class_alone():
