@@ -95,16 +95,15 @@ def adapt_batch(
         examiner = Examiner(home, batch, work_dir, classes, threads=plan.threads, without=taken_out)
         before = examiner.ask(live)
     with watch.stage("decode", is_told=False):
-        task = load_task(batch, work_dir, Preprocessing.load(parent_dir / PREPROCESSOR_NAME), classes)
-        task = replace(task, moments=moments)
+        preprocessing = Preprocessing.load(parent_dir / PREPROCESSOR_NAME)
+        task = replace(load_task(batch, work_dir, preprocessing, classes), moments=moments)
     with watch.stage("train"):  # with the choice of how: it takes as long as a few steps
         if stored is None:
             plan = _with_trials(plan, clip, task, config)
         checkpoint = settle_plan(work_dir, plan)
     with watch.stage("train"), _without_damaged(checkpoint), stop.looked_at():
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
-        if config.mlflow.tracking_uri:
-            hooks = _with_curve(hooks, CurveWriter(work_dir, is_new=hooks.resume_from is None))
+        hooks = _noted_for_mlflow(hooks, work_dir, config)
         adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
     with _making_candidate(), watch.stage("fold"):
         result_dir = work_dir / RESULT_DIR
@@ -288,8 +287,11 @@ def _hooks(outlet: Outlet, stop: StopFlag, checkpoint: Path, checkpoint_seconds:
     return Hooks(on_progress, lambda: stop.is_set, should_save, save, resume_from)
 
 
-def _with_curve(hooks: Hooks, curve: CurveWriter) -> Hooks:
-    """The same hooks, and every step is written down."""
+def _noted_for_mlflow(hooks: Hooks, work_dir: Path, config: Config) -> Hooks:
+    """The same hooks; where MLflow is told of batches, every step is written down, too."""
+    if not config.mlflow.tracking_uri:
+        return hooks
+    curve = CurveWriter(work_dir, is_new=hooks.resume_from is None)
 
     def on_progress(progress: Progress) -> None:
         curve.add(Point(progress.step, progress.loss, progress.kept_rank, time.time()))

@@ -24,7 +24,6 @@ from dynlora.moments import ImageMoments
 MOMENTS_NAME = "image_moments.safetensors"
 MOST_IMAGES = 5_000  # more do not change two moments
 _AT_ONCE = 64
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def image_moments(home: Path, width: int) -> tuple[ImageMoments, str] | tuple[None, None]:
@@ -51,7 +50,9 @@ def keep_none(home: Path) -> None:
 
 
 def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int, int], None]) -> int:
-    """Moments of the images in a folder and its subfolders, any images; returns how many were used.
+    """Moments of the images in a folder and its subfolders; returns how many were used.
+
+    Files that are no images are passed over.
 
     Args:
         told: called with the number of files that were looked at, and of all there are.
@@ -59,7 +60,7 @@ def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int,
     Raises:
         ConfigError: there are fewer than twice as many readable images as the embeddings have dimensions.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     count = min(len(paths), MOST_IMAGES)
     paths = [paths[number * len(paths) // count] for number in range(count)]  # of all folders alike
     parts = []
@@ -77,7 +78,7 @@ def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int,
 
 
 def _embed(clip: Clip, paths: Sequence[Path]) -> Tensor:
-    """(N, D) of the images that can be read."""
+    """(N, D), L2-normalised, of those that are images."""
     preprocessing, pixels = Preprocessing.from_open_clip_cfg(clip.preprocess_cfg), []
     for path in paths:
         with contextlib.suppress(ImageError, OSError):

@@ -49,14 +49,14 @@ def stored_plan(work_dir: Path, wanted: Plan) -> Plan | None:
 
     One for the same batch, parent and software is obeyed, also where the configuration has changed since.
     """
-    stored = _read(work_dir / PLAN_NAME)
+    stored = read_plan(work_dir)
     return stored if stored is not None and _anchor(stored) == _anchor(wanted) else None
 
 
 def settle_plan(work_dir: Path, plan: Plan) -> Path:
     """Make `plan` the one to follow; returns where its checkpoint lies. That of any other plan is dropped."""
     checkpoint = work_dir / CHECKPOINT_DIR / CHECKPOINT_NAME
-    if _read(work_dir / PLAN_NAME) != plan:
+    if read_plan(work_dir) != plan:
         atomic.remove_tree(checkpoint.parent)
         atomic.write_text(work_dir / PLAN_NAME, plan.model_dump_json(by_alias=True, indent=2) + "\n")
     atomic.make_dir(checkpoint.parent)
@@ -68,9 +68,9 @@ def _anchor(plan: Plan) -> tuple[object, ...]:
     return plan.batch, *inputs, plan.splits, plan.software
 
 
-def _read(path: Path) -> Plan | None:
-    """The stored plan; None where there is none, or one that another release wrote."""
+def read_plan(work_dir: Path) -> Plan | None:
+    """The plan of a batch; None where there is none, or one that another release wrote."""
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        return Plan.model_validate_json((work_dir / PLAN_NAME).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None

@@ -24,7 +24,7 @@ from daemon.errors import WorkerError
 from daemon.exam_embeddings import EMBEDDINGS_NAME, LEFTOVERS
 from daemon.exams import keep_exam
 from daemon.gate import decide
-from daemon.plan import CHECKPOINT_DIR, PLAN_NAME, Plan
+from daemon.plan import CHECKPOINT_DIR, PLAN_NAME, read_plan
 from daemon.recovery import WorkListing, publication
 from daemon.report import DECISION_NAME, RESULT_DIR, Report, load_report, staging_name
 from daemon.spool import Spool
@@ -57,11 +57,11 @@ class Publisher:
         """What lies on disk for a batch in work/."""
         work_dir = self.spool.state_dir("work") / batch_id
         published = self.store.published_batches().get(batch_id)
-        report = _readable_report(work_dir)
+        report, plan = _readable_report(work_dir), read_plan(work_dir)
         return WorkListing(
             published_as=published.version if published else None,
             report_parent=report.parent if report else None,
-            plan_parent=_planned_parent(work_dir),
+            plan_parent=plan.parent if plan else None,
             has_staging=self.staging_dir(batch_id).is_dir(),
         )
 
@@ -228,11 +228,4 @@ def _readable_report(work_dir: Path) -> Report | None:
     try:
         return load_report(work_dir / RESULT_DIR)
     except WorkerError:
-        return None
-
-
-def _planned_parent(work_dir: Path) -> int | None:
-    try:
-        return Plan.model_validate_json((work_dir / PLAN_NAME).read_bytes()).parent
-    except (FileNotFoundError, ValidationError):
         return None

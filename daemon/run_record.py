@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from daemon.batch import Batch
 from daemon.curve import Point, read_curve
 from daemon.errors import BatchError, WorkerError
-from daemon.plan import PLAN_NAME, Plan
+from daemon.plan import Plan, read_plan
 from daemon.report import DECISION_NAME, RESULT_DIR, Report, load_report
 from daemon.run_notes import Note
 from daemon.spool import Spool
@@ -66,7 +66,7 @@ def gather_run(home: Path, note: Note) -> RunRecord | None:
         directory = spool.path(note.batch)
     except BatchError:
         return None
-    batch, plan, report = _batch(spool, note.batch), _plan(directory), _report(directory)
+    batch, plan, report = _batch(spool, note.batch), read_plan(directory), _report(directory)
     draft = _manifest(home, note, report)
     ended_at = datetime.fromisoformat(note.at).timestamp()
     curve = read_curve(directory)
@@ -87,13 +87,6 @@ def _batch(spool: Spool, batch_id: str) -> Batch | None:
     try:
         return spool.load(batch_id)
     except BatchError:  # refused before it had a record
-        return None
-
-
-def _plan(directory: Path) -> Plan | None:
-    try:
-        return Plan.model_validate_json((directory / PLAN_NAME).read_bytes())
-    except (FileNotFoundError, ValidationError):
         return None
 
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from deploy.errors import VerifyError, WeightsError
 from deploy.manifest import PREPROCESSOR_NAME, VISION_GRAPH_NAME, WEIGHTS_NAME
-from deploy.weights import read_layout
-
-_BLOCK = 1 << 20
+from deploy.weights import read_weights
 
 
 def vision_digest(directory: Path) -> str:
@@ -22,24 +20,16 @@ def vision_digest(directory: Path) -> str:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    graph_path, weights_path = directory / VISION_GRAPH_NAME, directory / WEIGHTS_NAME
+    graph_path = directory / VISION_GRAPH_NAME
     try:
         content = graph_path.read_bytes()
         digest = hashlib.sha256((directory / PREPROCESSOR_NAME).read_bytes())
         digest.update(content)
-        places = read_layout(weights_path)
         graph = onnx.ModelProto.FromString(content).graph
         outside = [t.name for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        with weights_path.open("rb") as file:
-            for name in sorted(outside):
-                offset, left = places[name]
-                file.seek(offset)
-                while left:
-                    block = file.read(min(_BLOCK, left))
-                    if not block:
-                        raise WeightsError(f"{weights_path} ends within {name}")
-                    digest.update(block)
-                    left -= len(block)
+        tensors = read_weights(directory / WEIGHTS_NAME)
+        for name in sorted(outside):
+            digest.update(tensors[name].tobytes())
     except (OSError, KeyError, WeightsError, ValueError) as error:
         raise VerifyError(f"{directory}: the vision tower cannot be read: {error}") from error
     except DecodeError as error:

@@ -182,10 +182,10 @@ class _Run:
         if self.step == start:
             assert settings.kappa_total, "the thresholds of a spectrum add up to a known sum"
             spectrum.respan([site.lora for site in self.sites], settings.pruned_energy, settings.kappa_total)
-        for lora in (site.lora for site in self.sites):
-            lora.lora_A.requires_grad_(self.step < start)
-            lora.lora_B.requires_grad_(self.step < start and lora.lora_B.numel() > 1)
-            lora.importance.requires_grad_(self.step >= start)
+        for site in self.sites:
+            site.lora.lora_A.requires_grad_(self.step < start)
+            site.lora.lora_B.requires_grad_(self.step < start and site.kind != "token")  # see reset_row
+            site.lora.importance.requires_grad_(self.step >= start)
 
     def _threshold(self) -> None:
         kappa = self.schedule.kappa(self.step)

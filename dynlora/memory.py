@@ -50,7 +50,7 @@ def _of_a_step(task: Task, settings: Settings) -> tuple[int, list[Name]]:
     """How many images a step computes, and as many names as it asks about."""
     images, names = min(settings.batch_size, len(task.labels)), list(task.classes)
     if settings.objective == "default":
-        images = 0  # all are looked at before the first step
+        images = 0  # all are looked at before the first step; and names that share a token, and that do not
         bank = [Name(name) for name in prompts.generic_names()]
         names += [*task.known[: 2 * settings.names_per_step], *bank[: 2 * settings.names_per_step]]
     return images, names

@@ -5,7 +5,7 @@ learns to put the batch's names where those images are. It can do so in two ways
 tokens that names are made of, which no other name shares, and low-rank updates of the tower's matrices,
 which all names share. No image of the past is needed or kept.
 
-    aim     the batch's names above all others on their images, and below the best other on images in general
+    aim     the batch's names above all others on their images; images in general keep the name they had
     hold    known names, everyday ones and a vocabulary stay where the previous model had them, known most
     shrink  a small update rather than a large one
 
@@ -69,7 +69,7 @@ class RetainingObjective:
         return site.kind == "token" or (site.tower == "text" and self.settings.learning_rate > 0)
 
     def begin(self, sites: list[Site]) -> None:
-        """What `shrink` looks at."""
+        """Keep them: `shrink` looks at their updates."""
         self.sites = sites
 
     def parameter_groups(self, sites: list[Site]) -> list[dict[str, Any]]:

@@ -47,12 +47,14 @@ def _svd(lora: LoRA) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cut(values: Tensor, energy: float) -> float:
-    """The largest value up to which the squares add up to at most `energy` of all; 1 if all are 0."""
+    """The largest value up to which the squares add up to at most `energy` of all.
+
+    Where even the least has more, a value below it: nothing is cut. 1 if all are 0.
+    """
     ordered = values.sort().values.double()
     total = float(ordered.square().sum())
     if total == 0:
         return 1.0
     below = int(torch.count_nonzero(ordered.square().cumsum(0) <= energy * total))
-    if below == 0:
-        return max(math.sqrt(energy * total), 1e-6 * float(ordered[-1]))  # less than the least: all stay
-    return max(float(ordered[below - 1]), 1e-6 * float(ordered[-1]))
+    cut = float(ordered[below - 1]) if below else math.sqrt(energy * total)
+    return max(cut, 1e-6 * float(ordered[-1]))  # a gate is a value divided by it

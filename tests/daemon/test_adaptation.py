@@ -13,13 +13,14 @@ from daemon.analysing import _task
 from daemon.batch import Batch, BatchClass, BatchImage
 from daemon.config import Config
 from daemon.errors import BatchError
-from daemon.plan import Plan, settle_plan, stored_plan
+from daemon.plan import settle_plan, stored_plan
 from deploy.manifest import ClassEntry
 from deploy.preprocess import Preprocessing
 from dynlora.clip import load_clip
 from dynlora.learner import Progress
 from dynlora.settings import preset
 from dynlora.task import Name, Task
+from tests.daemon.plans import PLAN
 
 
 class Outlet:
@@ -139,18 +140,7 @@ def test_an_image_that_is_not_what_was_taken_in_is_never_learnt(batch, tmp_path,
 @pytest.mark.parametrize("settings", [{"stand_ins": 64}, {"kappa_levels": 1}])
 def test_a_plan_whose_settings_this_release_does_not_have_is_made_anew(settings):
     """After an upgrade in the middle of a batch: not a batch that fails."""
-    plan = Plan(
-        batch="000001-cups",
-        content_sha256="0" * 64,
-        parent=1,
-        parent_weights_sha256="1" * 64,
-        seed=1,
-        splits={},
-        threads=1,
-        preset="default",
-        settings=preset("default").as_dict(),
-        software={},
-    )
+    plan = PLAN.model_copy(update={"settings": preset("default").as_dict()})
 
     assert _readable(plan) is plan
     assert _readable(plan.model_copy(update={"settings": plan.settings | settings})) is None
@@ -163,18 +153,7 @@ def test_how_much_is_computed_at_once_follows_the_memory_and_a_resume_obeys_it(
 ):
     """With next to none one image at a time, with plenty all; the plan carries it to the next attempt."""
     learning = {"dtype": "float32", "memory_bytes": memory_bytes}
-    plan = Plan(
-        batch="000001-cups",
-        content_sha256="0" * 64,
-        parent=1,
-        parent_weights_sha256="1" * 64,
-        seed=1,
-        splits={},
-        threads=1,
-        preset="default",
-        settings=preset("default").as_dict(),
-        software={},
-    )
+    plan = PLAN.model_copy(update={"settings": preset("default").as_dict()})
     task = Task([Name("cup")], torch.zeros(3, 3, 64, 64), torch.zeros(3, dtype=torch.int64))
     tried = _with_trials(plan, load_clip(), task, Config.model_validate({"learning": learning}))
     settle_plan(tmp_path, tried)

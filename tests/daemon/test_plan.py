@@ -2,20 +2,8 @@
 
 import pytest
 
-from daemon.plan import PLAN_NAME, Plan, settle_plan, stored_plan
-
-PLAN = Plan(
-    batch="000001-cups",
-    content_sha256="a" * 64,
-    parent=0,
-    parent_weights_sha256="b" * 64,
-    seed=7,
-    splits={"c" * 64: "train"},
-    threads=2,
-    preset="default",
-    settings={"rank": 16},
-    software={"torch": "2"},
-)
+from daemon.plan import PLAN_NAME, settle_plan, stored_plan
+from tests.daemon.plans import PLAN
 
 
 def test_a_settled_plan_is_obeyed_where_the_next_attempt_would_choose_otherwise(tmp_path):
@@ -29,9 +17,9 @@ def test_a_settled_plan_is_obeyed_where_the_next_attempt_would_choose_otherwise(
     assert settle_plan(tmp_path, stored).read_bytes() == b"half way"
 
 
-@pytest.mark.parametrize("field", ["content_sha256", "parent_weights_sha256", "software"])
+@pytest.mark.parametrize("field", ["content_sha256", "parent_weights_sha256", "moments_sha256", "software"])
 def test_a_plan_that_does_not_fit_goes_with_its_checkpoint(tmp_path, field):
-    """Other images, another parent, other software: nothing of before may be continued."""
+    """Other images, another parent, other moments or software: nothing of before may be continued."""
     checkpoint = settle_plan(tmp_path, PLAN)
     checkpoint.write_bytes(b"of another run")
     other = PLAN.model_copy(update={field: {"torch": "3"} if field == "software" else "d" * 64})
