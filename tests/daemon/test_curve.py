@@ -2,7 +2,8 @@
 
 import pytest
 
-from daemon.adaptation import _with_curve
+from daemon.adaptation import _noted_for_mlflow
+from daemon.config import Config
 from daemon.curve import CURVE_NAME, CurveWriter, Point, read_curve
 from dynlora.learner import Hooks, Progress
 
@@ -48,11 +49,13 @@ def test_a_curve_that_cannot_be_written_stops_nobody(tmp_path, is_new):
 
 
 def test_the_worker_writes_every_step_and_still_says_it(tmp_path):
-    """What is said is thinned out, what is written is not."""
+    """What is said is thinned out, what is written is not; nothing is written where nobody reads it."""
     said = []
-    hooks = _with_curve(Hooks(on_progress=said.append), CurveWriter(tmp_path, is_new=True))
-    for step in (1, 2, 3):
-        hooks.on_progress(Progress(step, 3, 0.5, 4.0))
+    for uri, written in (("", []), ("http://127.0.0.1:9", [(1, 0.5), (2, 0.5), (3, 0.5)])):
+        config = Config.model_validate({"mlflow": {"tracking_uri": uri}})
+        hooks = _noted_for_mlflow(Hooks(on_progress=said.append), tmp_path, config)
+        for step in (1, 2, 3):
+            hooks.on_progress(Progress(step, 3, 0.5, 4.0))
 
-    assert [progress.step for progress in said] == [1, 2, 3]
-    assert steps(tmp_path) == [(1, 0.5), (2, 0.5), (3, 0.5)]
+        assert steps(tmp_path) == written
+    assert [progress.step for progress in said] == [1, 2, 3] * 2
