@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ CONFIG = Config(
     attempts=AttemptsConfig(max=3, backoff_seconds=1),
 )
 NAMES = ("cup", "hat")
-TICKS = 4000
+TICKS = 4000  # without a worker
+SECONDS = 300  # of a life: on a slow disk a worker takes as long as it takes
 IMAGES = 5
 WIDTH = 4  # of what is remembered of exams
 
@@ -66,8 +68,8 @@ def live(home: Path) -> None:
     supervisor.start_process = _fork_worker  # type: ignore[assignment]
     service = Service(home, CONFIG, view=LineView(), launch=Launch(make_command=lambda *args: list(args)))
     service.start()
-    now = 1e9
-    for _ in range(TICKS):
+    now, ticks, until = 1e9, 0, time.monotonic() + SECONDS
+    while True:
         now += 400  # beyond every wait, of trouble too
         service.reception.wake.set()
         service.tick(now)
@@ -75,8 +77,10 @@ def live(home: Path) -> None:
             break
         if service._lifecycle.working is not None:
             os.sched_yield()
-    else:
-        raise AssertionError(f"no end in sight: {service.trouble}")
+        else:
+            ticks += 1
+        if ticks == TICKS or time.monotonic() > until:
+            raise AssertionError(f"no end in sight after {ticks} ticks: {service.trouble}")
     service.stop(lambda: True)
 
 
@@ -215,6 +219,12 @@ def retry_failed(home: Path) -> None:
     for batch in Spool(home).ids("failed"):
         assert Spool(home).reason(batch).reason
         requests.leave(home, requests.Request(command="retry", batch=batch, who="ann"))
+
+
+def live_in_child(home: Path) -> None:
+    """A life in a process of its own, that has to end well."""
+    log = home.parent / "log"
+    assert in_child(lambda: live(home), log) == 0, log.read_text()
 
 
 def in_child(work: Any, log: Path) -> int:

@@ -47,7 +47,7 @@ def undisturbed(submitted: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """What the ten end with, and how many seconds they take."""
     home = copied(submitted, tmp_path_factory.mktemp("undisturbed"))
     started = time.monotonic()
-    assert life.in_child(lambda: life.live(home), home.parent / "log") == 0
+    life.live_in_child(home)
     seconds = time.monotonic() - started
     life.check_visible(home, BATCHES)
     found = life.outcome(home)
@@ -87,7 +87,7 @@ def test_ten_batches_are_learnt_once_each_however_often_the_daemon_is_killed(
             done += 1
             with child.alone(home, worker.LOCK_NAME):  # an orphan is gone
                 life.check_visible(home, BATCHES)
-        assert life.in_child(lambda home=home: life.live(home), home.parent / "log") == 0
+        life.live_in_child(home)
         life.check_visible(home, BATCHES)
         assert life.outcome(home) == expected, f"life {lives}, after {done} kills"
         shutil.rmtree(home.parent)
