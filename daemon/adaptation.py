@@ -27,11 +27,12 @@ from daemon.curve import CurveWriter, Point
 from daemon.errors import WorkerError
 from daemon.examine import Examiner
 from daemon.founding import software_versions
-from daemon.general import image_moments
+from daemon.general import home_moments
 from daemon.grading import Grading, Stopwatch
 from daemon.pixels import load_pixels
 from daemon.plan import Plan, seed_of, settle_plan, stored_plan
 from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
+from daemon.seen import OWN_NAME, Seen
 from daemon.spool import Spool
 from daemon.staging import Candidate, stage_candidate
 from deploy import atomic
@@ -78,8 +79,10 @@ def adapt_batch(
     batch = read_batch(work_dir)
     store = VersionStore(home / "serving")
     parent_dir, parent_manifest = store.path(parent), store.manifest(parent)
-    moments, moments_sha256 = image_moments(home, parent_manifest.embed_dim)
-    wanted = _plan(batch, parent_manifest, config, moments_sha256)
+    warnings: list[str] = []
+    first = store.manifest(0).files[WEIGHTS_NAME].sha256
+    moments = home_moments(home, parent_manifest.embed_dim, of=first, warn=warnings.append)
+    wanted = _plan(batch, parent_manifest, config, moments.sha256)
     stored = _readable(stored_plan(work_dir, wanted))
     plan = stored or wanted
     torch.set_num_threads(plan.threads)
@@ -96,7 +99,8 @@ def adapt_batch(
         before = examiner.ask(live)
     with watch.stage("decode", is_told=False):
         preprocessing = Preprocessing.load(parent_dir / PREPROCESSOR_NAME)
-        task = replace(load_task(batch, work_dir, preprocessing, classes), moments=moments)
+        task = load_task(batch, work_dir, preprocessing, classes)
+        task = replace(task, moments=moments.general, seen=moments.seen)
     with watch.stage("train"):  # with the choice of how: it takes as long as a few steps
         if stored is None:
             plan = _with_trials(plan, clip, task, config)
@@ -106,6 +110,8 @@ def adapt_batch(
         hooks = _noted_for_mlflow(hooks, work_dir, config)
         adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
     with _making_candidate(), watch.stage("fold"):
+        if moments.general is None:
+            _leave_own_moments(adaptation, batch, work_dir)
         result_dir = work_dir / RESULT_DIR
         atomic.make_dir(result_dir)
         delta = to_delta(adaptation)
@@ -122,8 +128,17 @@ def adapt_batch(
         "delta_norm": delta.norm,
         "drift_norm": staged.drift,
     }
-    report = _report(draft, exams, warnings=examiner.warnings, seconds=watch.seconds)
+    if adaptation.own_moments is None:
+        warnings.clear()  # of another preset, which learns without
+    report = _report(draft, exams, warnings=[*warnings, *examiner.warnings], seconds=watch.seconds)
     atomic.write_text(result_dir / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+
+
+def _leave_own_moments(adaptation: Adaptation, batch: Batch, work_dir: Path) -> None:
+    """For batches to come, should this one be published: they know nothing else of images in general."""
+    if (own := adaptation.own_moments) is not None:
+        mean, covariance = own.mean.numpy(), own.covariance.numpy()
+        Seen(mean, covariance, len(batch.classes), (batch.id,)).save(work_dir / OWN_NAME)
 
 
 @contextmanager

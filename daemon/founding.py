@@ -70,26 +70,26 @@ def found_store(
     """
     entries = read_class_names(classes_file) if classes_file else ()
     clip = load_clip(model, pretrained)
+    embed_dim = int(clip.model_cfg["embed_dim"])
+    moments = None
     if images:
         outlet.phase("look")
-        general.keep_of_folder(
-            home, clip, images, told=lambda done, count: outlet.step(step=done, steps=count)
+        moments = general.moments_of_folder(
+            clip, images, told=lambda done, count: outlet.step(step=done, steps=count)
         )
     elif model == "bundled" and pretrained is None:
-        general.keep_bundled(home)
-    else:
-        general.keep_none(home)
+        moments = general.bundled_moments(embed_dim)
     store = VersionStore(home / "serving")
     store.create()
     staging = store.stage("initial")
     outlet.phase("export")
-    write_weights(staging / WEIGHTS_NAME, state_arrays(clip.model))
+    weights = write_weights(staging / WEIGHTS_NAME, state_arrays(clip.model))
+    general.keep(home, moments, of=weights.sha256)
     export_graphs(clip.model, staging, context_length=clip.context_length, image_size=clip.image_size)
     _write_companions(staging, clip)
     write_class_list(staging, clip, entries)
     write_reference(staging, clip)
     outlet.phase("verify")
-    embed_dim = int(clip.model_cfg["embed_dim"])
     checked = verify_staged(staging, embed_dim=embed_dim)
     manifest = Manifest(
         version=0,

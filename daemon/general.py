@@ -1,12 +1,15 @@
 """What a home knows about images in general: two moments of the first model's answers, no image.
 
 Learning uses them, clients never see them: they lie beside the store, not in its versions. The bundled model
-comes with its own; for another model `dynlora init --images FOLDER` makes them. Runs in the worker only.
+comes with its own; for another model `dynlora init --images FOLDER` makes them. A home without learns them
+from batch to batch (daemon.seen). Runs in the worker only.
 """
 
 import contextlib
 import hashlib
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,67 +17,115 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from daemon.errors import ConfigError
+from daemon.seen import SEEN_NAME, load_seen
 from deploy import atomic
 from deploy.decode import decode_image
 from deploy.errors import ImageError
 from deploy.preprocess import Preprocessing
+from deploy.weights import read_metadata
 from dynlora.clip import BUNDLED_MOMENTS, Clip
+from dynlora.errors import ModelError
 from dynlora.moments import ImageMoments
 
 MOMENTS_NAME = "image_moments.safetensors"
 MOST_IMAGES = 5_000  # more do not change two moments
 _AT_ONCE = 64
+_OF = "weights_sha256"  # in the file's header: version 0's, whose answers these are
 
 
-def image_moments(home: Path, width: int) -> tuple[ImageMoments, str] | tuple[None, None]:
-    """What `dynlora init` kept, and the file's sha256; None where it had nothing to make it from.
+@dataclass(frozen=True)
+class HomeMoments:
+    """What learning may know of images that are not the batch's.
+
+    general: of images in general; seen: of earlier batches' images, only where the former is None.
+    sha256: of the file that it is from; None without.
+    """
+
+    general: ImageMoments | None = None
+    seen: ImageMoments | None = None
+    sha256: str | None = None
+
+
+def home_moments(home: Path, width: int, *, of: str, warn: Callable[[str], None]) -> HomeMoments:
+    """What `dynlora init` kept, or else what earlier batches left.
+
+    Args:
+        width: of the model's embeddings.
+        of: sha256 of version 0's weights.
+        warn: called with a sentence where there is nothing, or nothing that can be used.
 
     Raises:
-        ModelError: the file is damaged, or of another model.
+        ModelError: what `dynlora init` kept is damaged, or of another model.
     """
     path = home / MOMENTS_NAME
-    if not path.exists():
-        return None, None
-    return ImageMoments.load(path, width=width), hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.exists():
+        general = ImageMoments.load(path, width=width)
+        if read_metadata(path).get(_OF, of) != of:
+            raise ModelError(
+                f"{path} is of another model than this home began with; copy the file from a new home of the "
+                "same model, or delete it: learning goes on without"
+            )
+        return HomeMoments(general, sha256=_sha256(path))
+    seen = load_seen(home, width, warn)
+    if seen is None:
+        warn(
+            "nothing is known of images in general, neither from `dynlora init --images` nor from earlier "
+            "batches: only this batch's own images say what its names must keep away from (docs/models.md)"
+        )
+        return HomeMoments()
+    moments = ImageMoments(torch.from_numpy(seen.mean), torch.from_numpy(seen.covariance))
+    return HomeMoments(seen=moments, sha256=_sha256(home / SEEN_NAME))
 
 
-def keep_bundled(home: Path) -> None:
-    """The bundled model's moments, made from images it was trained on."""
-    atomic.write_file(home / MOMENTS_NAME, BUNDLED_MOMENTS.read_bytes())
+def bundled_moments(width: int) -> ImageMoments:
+    """The bundled model's, made from images it was trained on."""
+    return ImageMoments.load(BUNDLED_MOMENTS, width=width)
 
 
-def keep_none(home: Path) -> None:
-    """Forget what an `init` that failed later may have left: it was another model's."""
-    if (home / MOMENTS_NAME).exists():
-        atomic.remove_file(home / MOMENTS_NAME)
+def keep(home: Path, moments: ImageMoments | None, *, of: str) -> None:
+    """In the home, or nothing; what an `init` that failed later may have left is forgotten either way.
+
+    Args:
+        of: sha256 of version 0's weights.
+    """
+    path = home / MOMENTS_NAME
+    if moments is not None:
+        atomic.write_file(path, moments.content({_OF: of}))
+    elif path.exists():
+        atomic.remove_file(path)
 
 
-def keep_of_folder(home: Path, clip: Clip, folder: Path, *, told: Callable[[int, int], None]) -> int:
-    """Moments of the images in a folder and its subfolders; returns how many were used.
+def moments_of_folder(clip: Clip, folder: Path, *, told: Callable[[int, int], None]) -> ImageMoments:
+    """Moments of the images in a folder and its subfolders, of at most `MOST_IMAGES` drawn from all of it.
 
     Files that are no images are passed over.
 
     Args:
-        told: called with the number of files that were looked at, and of all there are.
+        told: called with the number of images that were looked at, and of those wanted.
 
     Raises:
         ConfigError: there are fewer than twice as many readable images as the embeddings have dimensions.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    count = min(len(paths), MOST_IMAGES)
-    paths = [paths[number * len(paths) // count] for number in range(count)]  # of all folders alike
-    parts = []
+    random.Random(0).shuffle(paths)  # of all folders alike, and the same at every try
+    wanted, found = min(len(paths), MOST_IMAGES), torch.zeros(0, int(clip.model_cfg["embed_dim"]))
     for start in range(0, len(paths), _AT_ONCE):
-        parts.append(_embed(clip, paths[start : start + _AT_ONCE]))
-        told(min(start + _AT_ONCE, len(paths)), len(paths))
-    found, least = sum(map(len, parts)), 2 * int(clip.model_cfg["embed_dim"])
-    if found < least:
+        found = torch.cat([found, _embed(clip, paths[start : start + _AT_ONCE])])
+        told(min(len(found), wanted), wanted)
+        if len(found) >= MOST_IMAGES:
+            break
+    if len(found) < (least := 2 * found.shape[1]):
         raise ConfigError(
-            f"{folder} holds {found} images that can be read; expected at least {least}: any photographs "
-            "typical of what the model is asked about. Without --images each drop's own have to do"
+            f"{folder} holds {len(found)} images that can be read, among {len(paths)} files; expected at "
+            f"least {least}: any photographs typical of what the model is asked about. Without --images the "
+            "batches themselves have to do"
         )
-    atomic.write_file(home / MOMENTS_NAME, ImageMoments.of(torch.cat(parts)).content())
-    return found
+    told(wanted, wanted)
+    return ImageMoments.of(found)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _embed(clip: Clip, paths: Sequence[Path]) -> Tensor:

@@ -12,12 +12,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from daemon import logs
+from daemon import logs, seen
 from daemon.batch import Batch
 from daemon.config import Config
 from daemon.errors import WorkerError
@@ -97,7 +98,7 @@ class Publisher:
         work_dir = self.spool.state_dir("work") / batch_id
         report = load_report(work_dir / RESULT_DIR)
         for sentence in report.warnings:
-            logs.log("warning", level=logging.WARNING, batch=batch_id, why=sentence)
+            _warn(batch_id, sentence)
         decision = decide(report.exams, self.config.exam)
         batch = self.spool.load(batch_id)
         if decision.outcome == "hold":
@@ -145,6 +146,7 @@ class Publisher:
         if self.config.exam.keep and batch.forgotten is None:
             limit = self.config.exam.max_images_per_class
             keep_exam(self.home, batch, work_dir, max_images_per_class=limit)
+        seen.add_own(self.home, batch_id, work_dir, warn=partial(_warn, batch_id))
         if (work_dir / EMBEDDINGS_NAME).exists():
             atomic.remove_file(work_dir / EMBEDDINGS_NAME)  # it is in the exam, if there is one
         atomic.remove_tree(work_dir / CHECKPOINT_DIR)
@@ -173,7 +175,7 @@ class Publisher:
 
     def drop_staging(self, batch_id: str) -> None:
         """Remove a staged version that no report vouches for, and files that were being written."""
-        for pattern in (f"*/{atomic.TEMPORARY_PREFIX}*", LEFTOVERS):
+        for pattern in (f"*/{atomic.TEMPORARY_PREFIX}*", LEFTOVERS, seen.LEFTOVERS):
             for leftover in self.spool.path(batch_id).glob(pattern):
                 atomic.remove_tree(leftover)
         atomic.remove_tree(self.staging_dir(batch_id))
@@ -222,6 +224,10 @@ class Publisher:
         if not isinstance(own, dict) or not manifest.batch or own.get("batch") != manifest.batch.id:
             return {}
         return {"exam_before": own.get("accuracy_before"), "exam_after": own.get("accuracy_after")}
+
+
+def _warn(batch_id: str, sentence: str) -> None:
+    logs.log("warning", level=logging.WARNING, batch=batch_id, why=sentence)
 
 
 def _readable_report(work_dir: Path) -> Report | None:

@@ -122,7 +122,11 @@ def _params(note: Note, batch: Batch | None, plan: Plan | None, draft: Mapping[s
         found |= {f"images.{split}": batch.count(split) for split in ("train", "tune", "exam")}
     if plan is not None:
         found |= {"preset": plan.preset, "seed": plan.seed, "dtype": plan.dtype, "threads": plan.threads}
-        found |= {"images_at_once": plan.images_at_once, "prompts_at_once": plan.prompts_at_once}
+        found |= {
+            "image_moments": plan.moments_sha256,
+            "images_at_once": plan.images_at_once,
+            "prompts_at_once": plan.prompts_at_once,
+        }
         # A preset leaves open what the plan chooses: the same names are in both.
         found |= {f"settings.{key}": value for key, value in plan.settings.items() if key not in found}
         found |= {f"software.{key}": value for key, value in plan.software.items()}
@@ -171,10 +175,12 @@ def _rules(directory: Path, draft: Mapping[str, Any]) -> str | None:
 def _figures(draft: Mapping[str, Any]) -> dict[str, float]:
     metrics, method = draft.get("metrics") or {}, draft.get("method") or {}
     found = {key: draft.get(key) for key in _NORMS} | {key: metrics.get(key) for key in _FIGURES}
-    found |= {"final_loss": method.get("final_loss"), "scale": method.get("scale")}
+    found |= {key: method.get(key) for key in ("final_loss", "scale", "tokens")}
     ranks = draft.get("ranks") or {}
-    for tower in _TOWERS if ranks else ():
-        found[f"rank.{tower}"] = sum(r for key, r in ranks.items() if key.startswith(f"{tower}."))
+    for tower in _TOWERS:
+        kept = [rank for key, rank in ranks.items() if key.startswith(f"{tower}.")]
+        if kept:
+            found[f"rank.{tower}"] = sum(kept)
     own = (draft.get("batch") or {}).get("id")
     rows = [row for row in metrics.get("exams") or [] if isinstance(row, dict)]
     for probe, of_probe in (

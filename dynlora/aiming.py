@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynlora.moments import ImageMoments
+from dynlora.moments import ImageMoments, MixedMoments
 
 _DRAWN = 1024  # images in general, new ones in each step
 
@@ -33,7 +33,7 @@ class Aim:
     labels: Tensor
     before: Tensor
     others: Tensor
-    general: ImageMoments
+    general: ImageMoments | MixedMoments
     scale: float  # the model's, of logits
     guard: float
     keep: float

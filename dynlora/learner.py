@@ -16,6 +16,7 @@ from dynlora import attach, checkpoint, spectrum
 from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.errors import Interrupted
+from dynlora.moments import ImageMoments
 from dynlora.objectives import Objective, build_objective
 from dynlora.rank import prune, soft_threshold
 from dynlora.settings import Settings
@@ -29,7 +30,7 @@ class Progress:
     step: int  # steps done
     steps: int  # steps in all
     loss: float
-    kept_rank: float  # mean over the adapted matrices
+    kept_rank: float  # mean over the adapted matrices; rows of tokens are not among them
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Adaptation:
     steps: int
     loss: float  # of the last step
     scale: float = field(default=1.0)  # the share of the update kept by the line search
+    own_moments: ImageMoments | None = None  # of the task's images, where the vision tower stays as it was
 
     @property
     def tokens(self) -> int:
@@ -115,7 +117,7 @@ def adapt(
         loss = run.work(hooks)
         scale = objective.choose_scale(sites)
         factors, ranks = _pruned(sites, scale)
-    return Adaptation(factors, ranks, run.steps, loss, scale)
+    return Adaptation(factors, ranks, run.steps, loss, scale, objective.own_moments)
 
 
 class _Run:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dynlora.errors import ModelError
 
 _SHRINKAGE = 0.05  # of the covariance towards an even one: directions nobody has seen are not impossible
+_REMEDY = "copy the file from a new home of the same model, or delete it: learning goes on without"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class ImageMoments:
         assert embeddings.ndim == 2 and len(embeddings) >= 2, embeddings.shape
         return cls(embeddings.mean(0), torch.cov(embeddings.T))
 
+    @classmethod
+    def of_classes(cls, embeddings: Tensor, labels: Tensor) -> Self:
+        """The moments of (N, D) unit embeddings with labels (N,), every class with the same weight."""
+        counts = torch.bincount(labels)
+        weights = 1 / (counts[labels] * torch.count_nonzero(counts))  # (N,), they add up to 1
+        mean = weights @ embeddings
+        apart = embeddings - mean
+        return cls(mean, (weights[:, None] * apart).T @ apart)
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, D) unit vectors, distributed as embeddings of images are."""
         noise = torch.randn(count, len(self.mean), generator=generator)
@@ -47,26 +57,48 @@ class ImageMoments:
         root: Tensor = torch.linalg.cholesky(self.covariance + _SHRINKAGE * even + 1e-9 * torch.eye(width))
         return root
 
-    def content(self) -> bytes:
-        """A .safetensors file that `load` reads."""
-        return save({"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()})
+    def content(self, metadata: dict[str, str] | None = None) -> bytes:
+        """A .safetensors file that `load` reads, with strings for its header."""
+        return save({"mean": self.mean.contiguous(), "covariance": self.covariance.contiguous()}, metadata)
 
     @classmethod
     def load(cls, path: Path, *, width: int) -> Self:
         """Read a file of `content`.
 
         Raises:
-            ModelError: the file is damaged, or belongs to a model of another width.
+            ModelError: the file is damaged, or of a model of another width.
         """
         try:
             tensors = load_file(path)
             moments = cls(tensors["mean"].float(), tensors["covariance"].float())
         except (SafetensorError, KeyError, OSError) as error:
-            raise ModelError(f"cannot read the image moments in {path}: {error}") from error
+            raise ModelError(f"cannot read the image moments in {path}: {error}; {_REMEDY}") from error
         if moments.mean.shape != (width,) or moments.covariance.shape != (width, width):
             raise ModelError(
                 f"{path} has image moments of width {len(moments.mean)}; the model's embeddings have {width}"
             )
         if not all(bool(tensor.isfinite().all()) for tensor in (moments.mean, moments.covariance)):
-            raise ModelError(f"{path} has image moments that are no numbers; make the home anew")
+            raise ModelError(f"{path} has image moments that are no numbers; {_REMEDY}")
+        try:
+            moments._root  # noqa: B018 - nothing can be drawn without it
+        except RuntimeError as error:
+            raise ModelError(f"{path} has a covariance that no images can have; {_REMEDY}") from error
         return moments
+
+
+@dataclass(frozen=True)
+class MixedMoments:
+    """Images of two kinds: a `share` of what is drawn is of the second."""
+
+    first: ImageMoments
+    second: ImageMoments
+    share: float
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, D) unit vectors, those of the first kind first."""
+        of_second = round(count * self.share)
+        drawn = [
+            self.first.draw(count - of_second, generator),
+            self.second.draw(of_second, generator),
+        ]
+        return torch.cat(drawn)

@@ -15,6 +15,7 @@ from dynlora import prompts
 from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.encoders import Encoders
+from dynlora.moments import ImageMoments
 from dynlora.retaining import RetainingObjective
 from dynlora.sampling import BatchSampler
 from dynlora.settings import Settings
@@ -38,6 +39,10 @@ class Objective(Protocol):
     def loss(self, step: int) -> Tensor:
         """The loss of step number `step`; everything random about it follows from seed and step."""
 
+    @property
+    def own_moments(self) -> ImageMoments | None:
+        """Of the task's images, where the objective looks at them with a vision tower that stays as it is."""
+
     def choose_scale(self, sites: list[Site]) -> float:
         """The share of the learnt update to keep, in (0, 1]; asked once, after the last step."""
 
@@ -55,6 +60,7 @@ class PublishedObjective:
     """
 
     tokens: Sequence[int] = ()
+    own_moments = None
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
         self.encoders, self.task = Encoders.by(settings, clip.model), task

@@ -2,7 +2,7 @@
 
 The vision tower stays as it is, so images are looked at once, before the first step. Then the text tower
 learns to put the batch's names where those images are. It can do so in two ways: the embeddings of the
-tokens that names are made of, which no other name shares, and low-rank updates of the tower's matrices,
+tokens that names are made of, which few other names share, and low-rank updates of the tower's matrices,
 which all names share. No image of the past is needed or kept.
 
     aim     the batch's names above all others on their images; images in general keep the name they had
@@ -29,7 +29,7 @@ from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.encoders import Encoders
 from dynlora.lora import LoRA
-from dynlora.moments import ImageMoments
+from dynlora.moments import ImageMoments, MixedMoments
 from dynlora.names import same_name_key
 from dynlora.sampling import generator_for
 from dynlora.settings import Settings
@@ -44,6 +44,8 @@ _IMAGES_AT_ONCE = 64
 _FAR_WORDS = 2_000
 # A drop's own images are alike; without moments of the model, what stands for images in general says less.
 _BLIND_STAND_INS = 128
+# Of the draws, without moments of the model: what earlier batches showed is more general than one's own.
+_SHARE_OF_SEEN = 0.75
 
 
 class RetainingObjective:
@@ -117,6 +119,11 @@ class RetainingObjective:
                 site.lora.importance.copy_(importance)
         return min(SCALES, key=lambda scale: losses[scale])
 
+    @property
+    def own_moments(self) -> ImageMoments:
+        """Of the task's images, for tasks to come."""
+        return ImageMoments.of_classes(self.aim.images, self.aim.labels)
+
     def _sort_names(self) -> None:
         """Which of the names share a token with the batch's own, and which are asked about at all."""
         shares = torch.isin(self.prompts.tokens, torch.tensor(self.tokens)).any(1)  # (S,)
@@ -160,7 +167,7 @@ class RetainingObjective:
                 for part in everyone
             ]
             images = torch.cat(seen)  # (V·N, D)
-            general = self.task.moments or self._moments_of(images, generator)
+            general = self.task.moments or self._for_want_of_moments(images, generator)
         return Aim(
             images,
             self.task.labels.repeat(s.views),
@@ -173,11 +180,12 @@ class RetainingObjective:
             margin=s.margin,
         )
 
-    def _moments_of(self, images: Tensor, generator: torch.Generator) -> ImageMoments:
-        """Of the batch's images and of stand-ins made out of them, for want of something more general."""
+    def _for_want_of_moments(self, images: Tensor, generator: torch.Generator) -> ImageMoments | MixedMoments:
+        """Of the batch's images and of stand-ins made out of them, and of what earlier batches showed."""
         stand_ins = augment.stand_ins(self.task.pixels, _BLIND_STAND_INS, generator)
         seen = [self.encoders.images(part) for part in torch.split(stand_ins, _IMAGES_AT_ONCE)]
-        return ImageMoments.of(torch.cat([*seen, images[: len(self.task.labels)]]))
+        own = ImageMoments.of(torch.cat([*seen, images[: len(self.task.labels)]]))
+        return MixedMoments(own, self.task.seen, _SHARE_OF_SEEN) if self.task.seen else own
 
     def _encode_all(self) -> Tensor:
         """Names that no step asks about keep zeros: encoding them is the dearest part."""

@@ -29,7 +29,8 @@ class Task:
     pixels: (N, 3, H, W) float32, preprocessed as for serving; labels: (N,) int64 into `classes`.
     tune_pixels, tune_labels: held out of training, for choices such as the size of the update; may be empty.
     known: names learnt or given before, less this task's own.
-    moments: what the vision tower answers to images in general; None: taken from the task's own images.
+    moments: what the vision tower answers to images in general; None: taken from the task's own images, and
+    from seen, what it answered to those of earlier tasks.
     """
 
     classes: Sequence[Name]
@@ -39,6 +40,7 @@ class Task:
     tune_labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     known: Sequence[Name] = ()
     moments: ImageMoments | None = None
+    seen: ImageMoments | None = None
 
     def __post_init__(self) -> None:
         for what, pixels, labels in (

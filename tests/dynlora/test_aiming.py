@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dynlora.aiming import Aim
 from dynlora.errors import ModelError
-from dynlora.moments import ImageMoments
+from dynlora.moments import ImageMoments, MixedMoments
 
 WIDTH = 6
 
@@ -84,6 +84,24 @@ def test_draws_are_unit_vectors_that_follow_from_the_generator(count, seed):
     assert torch.allclose(one.norm(dim=1), torch.ones(16), atol=1e-5)
 
 
+def test_every_class_counts_the_same_in_the_moments_of_classes():
+    """However many images it has: as if the smaller ones came as often."""
+    embeddings, labels = unit(5, 0), torch.tensor([0, 0, 2, 2, 2])
+    even = torch.cat([embeddings[:2]] * 3 + [embeddings[2:]] * 2)
+    moments = ImageMoments.of_classes(embeddings, labels)
+
+    assert torch.allclose(moments.mean, even.mean(0), atol=1e-6)
+    assert torch.allclose(moments.covariance, torch.cov(even.T, correction=0), atol=1e-6)
+
+
+def test_a_share_of_mixed_draws_is_of_the_second_kind():
+    """Told apart by where they lie."""
+    first, second = (ImageMoments(mean, 1e-6 * torch.eye(WIDTH)) for mean in torch.eye(WIDTH)[:2])
+    drawn = MixedMoments(first, second, 0.75).draw(100, torch.Generator().manual_seed(0))
+
+    assert drawn.argmax(1).tolist() == [0] * 25 + [1] * 75
+
+
 def test_moments_survive_a_file_and_damaged_or_foreign_files_are_refused(tmp_path):
     """By name, with what was expected."""
     path = tmp_path / "image_moments.safetensors"
@@ -95,6 +113,9 @@ def test_moments_survive_a_file_and_damaged_or_foreign_files_are_refused(tmp_pat
     assert torch.equal(loaded.covariance, moments.covariance)
     with pytest.raises(ModelError, match=r"width 6; the model's embeddings have 512"):
         ImageMoments.load(path, width=512)
+    path.write_bytes(ImageMoments(moments.mean, -moments.covariance).content())
+    with pytest.raises(ModelError, match="a covariance that no images can have; copy the file"):
+        ImageMoments.load(path, width=WIDTH)
     path.write_bytes(moments.content()[:100])
     with pytest.raises(ModelError, match="image_moments"):
         ImageMoments.load(path, width=WIDTH)

@@ -11,6 +11,8 @@ from daemon.exam_embeddings import EMBEDDINGS_NAME
 from daemon.examine import Examiner
 from daemon.exams import load_exams
 from daemon.general import MOMENTS_NAME
+from daemon.report import RESULT_DIR, load_report
+from daemon.seen import OWN_NAME, SEEN_NAME, Seen
 from deploy.manifest import load_classes
 from deploy.runtime import LoadedVersion
 from deploy.vision_digest import vision_digest
@@ -82,6 +84,24 @@ def test_a_third_batch_embeds_no_exam_image_but_its_own(undisturbed, tmp_path):
     with LoadedVersion(home.store.path(3), threads=1) as version:
         version.encode_pixels = None  # nobody calls it
         assert len(examiner.ask(version).embeddings) == 3
+
+
+def test_a_home_without_image_moments_learns_them_from_batch_to_batch(e2e_home):
+    """The first batch is told what it lacks; the second knows what the first showed; no image is kept so."""
+    (e2e_home.path / MOMENTS_NAME).unlink()
+    for name in ("dress", "hat"):
+        e2e_home.submit(name)
+    e2e_home.finish()
+    seen = Seen.load(e2e_home.path / SEEN_NAME)
+    methods = [e2e_home.store.manifest(version).method["moments_sha256"] for version in (1, 2)]
+    reports = [load_report(e2e_home.spool.path(batch) / RESULT_DIR) for batch in e2e_home.spool.ids("done")]
+
+    assert seen.batches == tuple(e2e_home.spool.ids("done"))
+    assert seen.classes == 2
+    assert not list(e2e_home.path.glob(f"spool/*/*/{OWN_NAME}"))
+    assert methods[0] is None
+    assert len(methods[1]) == 64
+    assert ["images in general" in " ".join(report.warnings) for report in reports] == [True, False]
 
 
 def kept_embeddings(home):

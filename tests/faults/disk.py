@@ -101,7 +101,7 @@ class Disk:
         else:
             path = _where(args[0], kwargs.get("dir_fd"))
             entry = {"path": path}
-        return {"op": name} | entry if path.startswith(self.home + "/") else None
+        return {"op": name} | entry if f"{path}/".startswith(f"{self.home}/") else None
 
     def _count(self, entry: dict[str, Any]) -> int:
         """Append to the journal; the number of this call. What the call removes is kept for `lose_power`."""

@@ -27,6 +27,7 @@ from daemon.lifecycle import Launch
 from daemon.plan import PLAN_NAME, Plan
 from daemon.progress import LineView
 from daemon.report import ExamResult, Report
+from daemon.seen import OWN_NAME, SEEN_NAME, Seen
 from daemon.service import Service
 from daemon.spool import STATES, Spool
 from deploy import atomic
@@ -154,6 +155,8 @@ def _work(given: dict[str, str]) -> int:
     )  # fmt: skip
     atomic.write_text(work_dir / PLAN_NAME, plan.model_dump_json(by_alias=True))
     _remember(home, work_dir, batch)
+    own = np.full(WIDTH, batch.seq, np.float32), np.eye(WIDTH, dtype=np.float32)
+    Seen(*own, len(batch.classes), (batch_id,)).save(work_dir / OWN_NAME)
     atomic.make_dir(work_dir / "checkpoint")
     atomic.write_text(work_dir / "checkpoint" / "checkpoint.safetensors", "1")
     atomic.make_dir(work_dir / "result")
@@ -191,7 +194,11 @@ def check_visible(home: Path, batches: int = len(NAMES)) -> None:
     whole = [path for path in home.rglob("*.png") if path.stat().st_size]
     kept = {path.read_bytes() for path in whole if "exams" not in path.parts}
     assert len(kept) == IMAGES * batches, f"{len(kept)} of {IMAGES * batches} images are left"
-    assert not list(home.glob(f"spool/done/*/{EMBEDDINGS_NAME}"))
+    for name in (EMBEDDINGS_NAME, OWN_NAME):
+        assert not list(home.glob(f"spool/done/*/{name}"))
+    if (home / SEEN_NAME).exists():
+        seen = Seen.load(home / SEEN_NAME)
+        assert seen.classes == len(seen.batches) == len(set(seen.batches)), seen.batches
     for path in home.glob(f"exams/0*/{EMBEDDINGS_NAME}"):
         assert Memory(_refuse).load(path.parent, read_metadata(path)["tower"], WIDTH)
 
@@ -210,6 +217,7 @@ def outcome(home: Path) -> dict[str, Any]:
         "lineage": [entry.batch for entry in live_manifest.lineage],
         "weights": live_manifest.files["weights.safetensors"].sha256,
         "exams": [exam.batch for _, exam in load_exams(home)],
+        "seen": sorted(Seen.load(home / SEEN_NAME).batches),
         "leftovers": sorted(str(p.relative_to(home)) for p in home.rglob(f"{atomic.TEMPORARY_PREFIX}*")),
     }
 

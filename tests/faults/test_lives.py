@@ -52,7 +52,7 @@ def overtaken(tmp_path_factory: pytest.TempPathFactory, undisturbed: Any) -> dic
 def waited(undisturbed: dict[str, Any]) -> dict[str, Any]:
     """What a life ends with when the first batch could not be claimed at once."""
     states = undisturbed["states"] | {"done": WAITED}
-    return undisturbed | {"lineage": WAITED, "exams": WAITED, "states": states}
+    return undisturbed | {"lineage": WAITED, "exams": WAITED, "seen": WAITED, "states": states}
 
 
 def live_once(base: Path, *, at: int = 0, fault: Any = "kill", skips: Any = None, build: Any = None) -> int:
