@@ -31,7 +31,8 @@ from deploy.weights import read_weights
 VERIFY = """
 import sys, time
 from pathlib import Path
-import onnx, onnxruntime
+import onnx
+from deploy.ort import onnxruntime
 from deploy.verify import verify_staged
 
 def peak():

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from benchmarks import models, reporting
+from deploy.ort import onnxruntime as ort
 
 VARIANTS = ("default", "no arena", "no pre-packing", "basic", "none", "pre-optimised")
 TOWERS = {"vision_model.onnx": "pixel_values", "text_model.onnx": "input_ids"}

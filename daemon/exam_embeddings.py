@@ -113,7 +113,8 @@ def _checksum(tower: str, tensors: Mapping[str, Array]) -> str:
 
 def _software() -> str:
     """What decodes, resizes and computes: another release may answer a little differently."""
-    import onnxruntime
     import PIL
+
+    from deploy.ort import onnxruntime
 
     return f"onnxruntime {onnxruntime.__version__}, pillow {PIL.__version__}, numpy {np.__version__}"

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import onnxruntime as ort
-
 from deploy.errors import ManifestError, VerifyError
 from deploy.manifest import (
     CLASS_EMBEDDINGS_NAME,
@@ -22,6 +20,7 @@ from deploy.manifest import (
     Manifest,
     file_record,
 )
+from deploy.ort import onnxruntime as ort
 from deploy.tokenize import Tokenizer
 
 # What a client opens, small files first: a broken one shows before the weights are read.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from deploy.arrays import read_array, read_arrays
 from deploy.cpus import usable_cpus
@@ -32,6 +31,7 @@ from deploy.manifest import (
     load_manifest,
     record_files,
 )
+from deploy.ort import onnxruntime as ort
 from deploy.weights import read_layout
 
 # Largest |difference| of an embedding's element between torch and ONNX Runtime.

@@ -128,6 +128,17 @@ def test_nothing_in_deploy_leads_to_the_exporter() -> None:
     assert leading == {"deploy.export"}
 
 
+def test_onnx_runtime_is_loaded_by_one_module_that_turns_its_telemetry_off_first() -> None:
+    """Everything else has it from there: programs to measure, examples and tests, too."""
+    own = PROJECT / "deploy/ort.py"
+    folders = (*PACKAGES, "benchmarks", "examples", "tests")
+    paths = {path for folder in folders for path in (PROJECT / folder).rglob("*.py")}
+    source = own.read_text(encoding="utf-8")
+
+    assert {path for path in paths if "onnxruntime" in roots(path)} == {own}
+    assert source.index("os.environ.setdefault") < source.index("import onnxruntime")
+
+
 def test_only_one_file_of_the_learner_imports_open_clip() -> None:
     """open_clip's ways are known in dynlora.clip alone."""
     assert {name for name, path in modules().items() if "open_clip" in roots(path)} == {"dynlora.clip"}

@@ -9,11 +9,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from images import ImageSet, crop, random_boxes
 from torch import Tensor, nn
+
+from deploy.ort import onnxruntime as ort
 
 SIDE = 160  # pixels; the teacher was trained at 224, but these images hold 64
 LEAST_AREA = 0.35

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from deploy.errors import ExportError
 from deploy.export import export_graphs, state_arrays
 from deploy.manifest import GRAPH_NAMES, TEXT_GRAPH_NAME, VISION_GRAPH_NAME, file_record
+from deploy.ort import onnxruntime as ort
 from deploy.preprocess import Preprocessing, decode_image
 from deploy.store import VersionStore
 from deploy.weights import Array, read_layout

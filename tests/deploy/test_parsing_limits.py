@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from deploy import arrays
 from deploy.arrays import read_array, read_arrays
 from deploy.errors import DeployError, ManifestError, VerifyError, WeightsError
 from deploy.manifest import MANIFEST_NAME, load_classes, load_manifest
+from deploy.ort import onnxruntime as ort
 from deploy.preprocess import Preprocessing
 from deploy.runtime import LoadedVersion
 from deploy.tokenize import Tokenizer

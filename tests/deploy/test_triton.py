@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from deploy import triton_control
 from deploy.copying import copy_file
 from deploy.errors import ShareError
 from deploy.manifest import load_manifest
+from deploy.ort import onnxruntime as ort
 from deploy.runtime import LoadedVersion
 from deploy.store_reader import StoreReader
 from deploy.triton import CONFIG_NAME, Repository, config_text

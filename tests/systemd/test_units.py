@@ -63,6 +63,13 @@ def findings(scenario: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def test_daemon_and_server_tell_nobody_what_they_do(written):
+    """ONNX Runtime sends no telemetry from either, whichever Python package loads it first."""
+    for unit in (UNIT, SERVE_UNIT):
+        [line] = [line for line in (written / unit).read_text().splitlines() if "OMP_WAIT_POLICY" in line]
+        assert line.startswith("Environment=") and " ORT_DISABLE_TELEMETRY=1" in line
+
+
 @needs_systemd
 @pytest.mark.parametrize(("unit", "tenths"), [(UNIT, 12), (SERVE_UNIT, 10)])
 def test_the_services_are_exposed_by_no_more_than_was_promised(written, unit, tenths):
