@@ -20,8 +20,10 @@ from daemon.exams import exam_dir
 from daemon.inbox import CLAIMED_PREFIX
 from daemon.plan import PLAN_NAME
 from daemon.report import RESULT_DIR
+from daemon.seen import SEEN_NAME, Seen
 from daemon.spool import REASON_FILE, STATES, Reason, Spool
 from deploy import atomic
+from deploy.errors import WeightsError
 
 KEPT = {BATCH_FILE, PLAN_NAME, RESULT_DIR, REASON_FILE, "worker.log"}
 AT_HAND = ("incoming", "queued", "work")  # not settled yet
@@ -138,8 +140,23 @@ def what_remains(home: Path, batch: Batch) -> list[str]:
         f"the record {record}: {known}; and what manifests say of the batch",
         "names of files where events.jsonl and logs told of them, and every copy outside this home",
         "its exam is gone: later batches are no longer graded on it",
+        *_in_moments(home, batch.id),
         *again,
     ]
+
+
+def _in_moments(home: Path, batch_id: str) -> list[str]:
+    """A sentence, if two moments over all batches have this one's images in them."""
+    path = home / SEEN_NAME
+    try:
+        batches = Seen.load(path).batches
+    except (OSError, WeightsError):
+        return []  # not there, or damaged: then nothing is made of it
+    if batch_id not in batches:
+        return []
+    others = f", of {len(batches)} batches in all" if len(batches) > 1 else ""
+    what = f"mean and covariance of what the model answered to its images{others}"
+    return [f"its part in {path}: {what}; no image can be made from them, and a deleted file is begun anew"]
 
 
 def _erase(home: Path, inbox: Path, batch: Batch) -> tuple[Counter[str], list[str]]:

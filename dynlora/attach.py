@@ -1,4 +1,6 @@
-"""Put a LoRA beside every weight matrix of both towers' blocks, and take them off again."""
+"""Put a LoRA beside every weight matrix of both towers' blocks and beside rows of the token embedding, and
+take them off again.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

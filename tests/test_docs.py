@@ -19,7 +19,7 @@ from daemon.home import create_home
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = ROOT / "README.md"
-KNOWN_PROGRAMS = {"cp", "mkdir", "ls", "openssl", "python", "pip", "systemctl", "usermod"}
+KNOWN_PROGRAMS = {"cp", "curl", "mkdir", "ls", "openssl", "python", "pip", "systemctl", "usermod"}
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 

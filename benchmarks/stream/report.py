@@ -103,11 +103,12 @@ def text(result: dict[str, Any], cells: list[dict[str, Any]]) -> str:
     """The Markdown report."""
     where, setting = result["machine"], result["setting"]
     names = [name for name in METHODS if name in result["means"]]
-    drop = f"each class a task of {setting['class_steps']} steps" if setting["one_class"] else "ten tasks"
+    one_class = f"each class a task of {setting['class_steps']} steps"
+    drop = one_class if setting["one_class"] else f"ten tasks of {setting['steps']} steps"
     intro = (
         f"# stream\n\n{where['date']}, {where['cpu']}, {where['cores']} cores shared with other work; torch "
-        f"{where['torch']}. {drop}, {setting['shots']} images a class, {setting['steps']} steps a task of "
-        f"{setting['batch_size']} images, at most {setting['test_per_class']} test images a class. Bundled "
+        f"{where['torch']}. {drop} on {setting['batch_size']} images, {setting['shots']} images a "
+        f"class, at most {setting['test_per_class']} test images a class. Bundled "
         "model, per cent, means over seeds. `joint` learns all at once: an upper bound. The default's steps "
         "look at no image, and there are 3.75 times as many of them."
     )

@@ -1,5 +1,6 @@
 """The stream benchmark on miniature packs: every method learns, cells resume, figures add up."""
 
+import dataclasses
 import json
 import zipfile
 from io import BytesIO
@@ -204,6 +205,19 @@ def test_figures_of_a_cell_are_those_worked_out_by_hand():
     assert (found["union_forgetting"], found["union_backward"]) == (5, -5)
     assert (found["own_transfer"], found["own_last"]) == (20, 65)
     assert (found["drift"], found["kept_rank"], found["seconds"], found["negative_flips"]) == (2.5, 5, 3, 2)
+
+
+@pytest.mark.parametrize("one_class", [False, True])
+def test_the_report_says_of_how_many_steps_a_task_was(one_class):
+    """Of those that were taken: class by class there are others."""
+    setting = Setting(16, 60, 24, 10, one_class=one_class)
+    machine = {"date": "2026-11-25", "cpu": "a CPU", "cores": 2, "torch": "2"}
+    result = {"machine": machine, "setting": dataclasses.asdict(setting), "seeds": {}, "means": {}}
+    text = report.text(result | {"paired": {}, "tuning": {}}, [])
+
+    said = "each class a task of 20 steps on 24 images" if one_class else "ten tasks of 60 steps on 24 images"
+    assert said in text
+    assert ("60 steps" in text) == (not one_class)
 
 
 def test_differences_are_paired_by_seed():

@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy as np
 import pytest
 
 from daemon import requests
@@ -10,6 +11,7 @@ from daemon.errors import RequestError
 from daemon.exam_embeddings import EMBEDDINGS_NAME
 from daemon.forget import finish_forgetting, forget
 from daemon.requests import Request
+from daemon.seen import SEEN_NAME, Seen
 from deploy import atomic
 from deploy.verify import check_files
 from tests.daemon.running.tiny_home import TinyHome, batch_name
@@ -67,6 +69,20 @@ def test_what_was_computed_of_exam_images_goes_with_them(tiny):
     order_forget(tiny, held)
 
     assert not list(tiny.home.rglob(EMBEDDINGS_NAME))
+
+
+def test_its_part_in_the_moments_of_all_batches_is_told(tiny):
+    """Only of a batch that is in them; the file stays, and one that is damaged says nothing."""
+    moments, mean, covariance = tiny.home / SEEN_NAME, np.ones(4, np.float32), np.eye(4, dtype=np.float32)
+    Seen(mean, covariance, 2, (batch_name(1), batch_name(7))).save(moments)
+    told, not_told = (order_forget(tiny, batch_name(n)).result["remains"] for n in (1, 2))
+
+    [sentence] = [remains for remains in told if str(moments) in remains]
+    assert "its images, of 2 batches in all; no image can be made from them" in sentence
+    assert not any(SEEN_NAME in remains for remains in not_told)
+    assert Seen.load(moments).batches == (batch_name(1), batch_name(7))
+    moments.write_bytes(b"damaged")
+    assert not any(SEEN_NAME in remains for remains in order_forget(tiny, batch_name(1)).result["remains"])
 
 
 def test_a_held_batch_keeps_what_was_learnt_and_can_still_be_promoted(tiny):

@@ -1,6 +1,10 @@
 """POST /classify: files in, labels out, limits kept."""
 
 import io
+import json
+import shlex
+import shutil
+import subprocess
 import zlib
 
 import httpx
@@ -10,7 +14,7 @@ from PIL import Image
 from deploy.runtime import LoadedVersion
 from deploy.server.models import checked_top
 from deploy.server.problems import Problem
-from tests.deploy.server.servers import jpeg
+from tests.deploy.server.servers import ROOT, Server, jpeg
 
 
 def test_a_file_as_the_body(http: httpx.Client, loaded: LoadedVersion) -> None:
@@ -35,6 +39,22 @@ def test_several_files_with_labels(http: httpx.Client, loaded: LoadedVersion, la
     expected = loaded.classify([jpeg(seed) for seed in range(3)], ["cat", "pine tree", "zebra"])
     found = answer.json()["predictions"]
     assert [[best["label"] for best in row] for row in found] == [[p.label for p in row] for row in expected]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed here")
+def test_the_lines_with_curl_in_the_docs_work_as_printed(server: Server, loaded: LoadedVersion) -> None:
+    """One picture as the body, and a form with two and names of one's own."""
+    page = (ROOT / "docs/serving.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("curl ")]
+    asked = [shlex.split(line.replace("http://127.0.0.1:8000", server.url)) for line in lines]
+    answers = [
+        json.loads(subprocess.run(words, cwd=ROOT, capture_output=True, check=True).stdout) for words in asked
+    ]
+    one, several = (answer["predictions"] for answer in answers)
+
+    assert [len(row) for row in one] == [3]
+    assert {best["label"] for best in one[0]} <= set(loaded.class_names)
+    assert [{best["label"] for best in row} for row in several] == [{"boot", "cap"}] * 2
 
 
 def _bomb() -> bytes:
