@@ -12,6 +12,7 @@ from daemon.errors import ConfigError
 from daemon.output import Options, common_options, pass_options
 
 HELD, FAILED = 3, 1
+_WITH_WEIGHTS = ("hf-hub:", "local-dir:")  # models that come with their own
 _NO_IMAGES = (
     "init --images FOLDER, with any photographs, makes what is learnt more accurate: see docs/models.md"
 )
@@ -49,7 +50,7 @@ def init(
     """Make a home and publish version 0."""
     from daemon.events import EventLog
     from daemon.foreground import run_worker
-    from daemon.home import create_home
+    from daemon.home import create_home, names_in, unmade_where_it_fails
     from daemon.lock import HomeLock
     from daemon.progress import showing
     from deploy.manifest import load_classes
@@ -62,14 +63,17 @@ def init(
             f"{home} is a home already, with versions up to {versions[-1]}; expected a free path. "
             f"Look at it with `dynlora status --home {home}`."
         )
+    _check_weights(model, pretrained)
     _check_packages()
+    before = names_in(home)
     create_home(home)
     arguments = ["init", "--home", str(home), "--model", model]
     arguments += ["--pretrained", pretrained] if pretrained else []
     arguments += ["--classes", str(classes_path)] if classes_path else []
     arguments += ["--images", str(images)] if images else []
     with HomeLock(home), showing() as view:
-        run_worker(home, arguments, view)
+        with unmade_where_it_fails(home, before):
+            run_worker(home, arguments, view)
         logs.log("initialised", home=str(home))
         EventLog(home).record("initialised", version=store.current())
         if images is None and (model != "bundled" or pretrained):
@@ -164,6 +168,18 @@ def _check(options: Options, path: Path) -> None:
 
     options.show(document, text)
     sys.exit(0 if report.is_accepted else FAILED)
+
+
+def _check_weights(model: str, pretrained: str | None) -> None:
+    """What is known without torch.
+
+    Raises:
+        ConfigError: the model has no weights of its own, and none were named.
+    """
+    if model != "bundled" and not pretrained and not model.startswith(_WITH_WEIGHTS):
+        raise ConfigError(
+            f"{model} was named without weights; expected --pretrained with an open_clip tag or a local file"
+        )
 
 
 def _check_packages() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from daemon.errors import WorkerError
+from daemon.errors import ConfigError, WorkerError
 from daemon.progress import View
 from daemon.supervisor import Worker, default_command
 
@@ -17,6 +17,7 @@ def run_worker(home: Path, arguments: Sequence[str], view: View) -> dict[str, An
 
     Raises:
         WorkerError: it failed; carries its own sentence.
+        ConfigError: it failed because of what it was told to do.
     """
     wake = threading.Event()
     worker = Worker(default_command(*arguments), home / "worker.log", wake=wake.set)
@@ -39,5 +40,6 @@ def run_worker(home: Path, arguments: Sequence[str], view: View) -> dict[str, An
     finally:
         worker.kill()
     if code:
-        raise WorkerError(worker.why_it_failed(code))
+        is_usage = worker.error is not None and worker.error.get("fault") == "usage"
+        raise (ConfigError if is_usage else WorkerError)(worker.why_it_failed(code))
     return {key: value for key, value in result.items() if key != "event"}

@@ -6,12 +6,13 @@ opens the file close-on-exec: a worker never inherits the lock of the daemon tha
 
 import fcntl
 import os
+import pwd
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from daemon.errors import LockError
+from daemon.errors import DaemonError, LockError
 from deploy import disk
 
 LOCK_NAME = "daemon.lock"
@@ -37,8 +38,12 @@ class HomeLock:
 
         Raises:
             LockError: another process holds it; the message names its pid.
+            DaemonError: we may not open it.
         """
-        fd = disk.open_file(self._path, os.O_RDWR | os.O_CREAT)
+        try:
+            fd = disk.open_file(self._path, os.O_RDWR | os.O_CREAT)
+        except PermissionError as error:
+            raise _not_ours(self._path, error) from error
         deadline = time.monotonic() + self._patience_seconds
         while not _try_lock(fd, fcntl.LOCK_EX):
             if time.monotonic() >= deadline:
@@ -70,15 +75,38 @@ class HomeLock:
 
 
 def holder(home: Path) -> int | None:
-    """Pid of the process that holds the home's lock now (0 where unreadable); None when nobody does."""
+    """Pid of the process that holds the home's lock now (0 where unreadable); None when nobody does.
+
+    Raises:
+        DaemonError: we may not open it.
+    """
     try:
         fd = os.open(home / LOCK_NAME, os.O_RDONLY)
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        raise _not_ours(home / LOCK_NAME, error) from error
     try:
         return None if _try_lock(fd, fcntl.LOCK_SH) else _read_pid(fd)
     finally:
         os.close(fd)
+
+
+def owner_of(path: Path) -> str:
+    """The user that a file or folder belongs to, as `sudo -u` takes it."""
+    number = path.stat().st_uid
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"#{number}"
+
+
+def _not_ours(path: Path, error: PermissionError) -> DaemonError:
+    """No LockError: nobody holds the lock who could let go of it."""
+    user = owner_of(path.parent)
+    return DaemonError(
+        f"{path} cannot be opened: {error.strerror}; run this as the home's user (`sudo -u {user} …`)"
+    )
 
 
 def _try_lock(fd: int, kind: int) -> bool:

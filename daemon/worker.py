@@ -114,8 +114,10 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
     except Interrupted:
         return EXIT_STOPPED
     except (ConfigError, StoreError, ManifestError, WeightsError, VerifyError, ModelError) as error:
-        # The configuration, or what is published, cannot be used: no batch is to blame.
-        outlet.say("error", message=str(error), retry=True, fault="home")
+        # The configuration, or what is published, cannot be used: no batch is to blame. Before there is a
+        # home it is what was typed.
+        is_usage = options.command == "init" and isinstance(error, ConfigError | ModelError)
+        outlet.say("error", message=str(error), retry=True, fault="usage" if is_usage else "home")
         return EXIT_FAILED
     except WorkerError as error:  # what was made of the batch is damaged: it can be made again
         _blame(outlet, error, str(error), retry=True)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from daemon.errors import ConfigError
-from daemon.home import check_home, create_home
+from daemon.errors import ConfigError, WorkerError
+from daemon.home import check_home, create_home, names_in, unmade_where_it_fails
 from daemon.retention import remove_leftovers
 from daemon.status import StatusFile, is_full_disk, snapshot
 
@@ -20,6 +20,48 @@ def test_making_a_home_twice_harms_nothing(tmp_path):
 
     assert (home / "inbox" / "cups").is_dir()
     assert {"inbox", "spool", "exams", "requests", "serving", "format"} <= {p.name for p in home.iterdir()}
+
+
+def make_and_fail(home, error):
+    """As `dynlora init` does, whose worker leaves a log and half a version."""
+    before = names_in(home)
+    create_home(home)
+    (home / "serving" / "staging" / "initial").mkdir(parents=True)
+    (home / "worker.log").write_text("Traceback")
+    with pytest.raises(type(error)), unmade_where_it_fails(home, before):
+        raise error
+
+
+@pytest.mark.parametrize("error", [ConfigError("no such model"), KeyboardInterrupt()])
+def test_a_home_that_could_not_be_made_is_gone_again(tmp_path, error):
+    """As whole as it was made; the same path is tried again."""
+    make_and_fail(tmp_path / "home", error)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_of_a_worker_that_failed_for_no_known_reason_stays(tmp_path):
+    """It may be all there is to find out why; the folder is no home nevertheless."""
+    make_and_fail(tmp_path / "home", WorkerError("it died"))
+
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["worker.log"]
+    create_home(tmp_path / "home")
+
+
+def test_what_others_put_beside_or_into_a_home_that_could_not_be_made_stays(tmp_path):
+    """Files that lay there, an inbox with something in it, and a home that was one before."""
+    (tmp_path / "config.toml").write_text("")
+    before = names_in(tmp_path)
+    create_home(tmp_path)
+    (tmp_path / "inbox" / "cups").mkdir()
+    (tmp_path / "theirs").write_text("")
+    with pytest.raises(ConfigError), unmade_where_it_fails(tmp_path, before):
+        raise ConfigError("no such model")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.toml", "inbox", "theirs"}
+
+    create_home(tmp_path)
+    make_and_fail(tmp_path, ConfigError("no such model"))
+    check_home(tmp_path)
 
 
 def test_a_file_in_the_way_is_told(tmp_path):

@@ -81,6 +81,29 @@ def test_a_bad_configuration_is_answered_in_the_listed_words(tmp_path: Path, lin
     assert is_said(TABLES["in config.toml"][line], str(refused.value)), str(refused.value)
 
 
+@pytest.fixture
+def somebody_else(place: Path) -> Iterator[None]:
+    """This process may do no more than a user who does not own the home."""
+    import daemon.loop
+    import daemon.ordering
+    import daemon.status
+    import daemon.watcher  # noqa: F401 - whoever is nobody may not be allowed to load them
+
+    lock, locked = place / "home" / "daemon.lock", place / "locked"
+    lock.touch()
+    locked.mkdir(exist_ok=True)
+    lock.chmod(0)
+    locked.chmod(0)
+    place.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+    lock.chmod(0o644)
+    locked.chmod(0o755)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a home of two versions, a published and a queued batch, and things to submit."""
@@ -106,9 +129,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(before)
 
 
-@pytest.mark.parametrize("typed", TABLES["typed"])
-def test_a_bad_command_is_answered_in_the_listed_words(place: Path, typed: str, capsys, monkeypatch) -> None:
-    """On stderr, as one sentence; the exit code says whose mistake it was."""
+def last_words(typed: str, capsys, monkeypatch) -> tuple[object, str, str]:
+    """Exit code, stdout and the last line of stderr of a command that is typed beside `home`."""
     monkeypatch.setenv("DYNLORA_HOME", "home")
     monkeypatch.delenv("DYNLORA_CONFIG", raising=False)
     program, *arguments = shlex.split(typed)
@@ -116,8 +138,28 @@ def test_a_bad_command_is_answered_in_the_listed_words(place: Path, typed: str, 
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     out, err = capsys.readouterr()
+    return ended.value.code, out, err.strip().splitlines()[-1]
 
-    assert is_said(f"Error: {TABLES['typed'][typed]}", err.strip().splitlines()[-1]), err
+
+@pytest.mark.parametrize("typed", TABLES["typed by another user"])
+@pytest.mark.usefixtures("somebody_else")
+def test_another_user_is_told_whose_home_it_is(typed: str, capsys, monkeypatch) -> None:
+    """And how to become that user, in the listed words; nothing is changed."""
+    code, out, err = last_words(typed, capsys, monkeypatch)
+
+    assert code in (1, 2)
     assert out == ""
-    is_usage = any(words in err for words in ("no dynlora home", "a home already", "--config", "--key"))
-    assert ended.value.code == (2 if is_usage else 1)
+    assert is_said(f"Error: {TABLES['typed by another user'][typed]}", err), err
+    assert f"`sudo -u {Path('home').owner()} …`" in err
+
+
+@pytest.mark.parametrize("typed", TABLES["typed"])
+@pytest.mark.usefixtures("place")
+def test_a_bad_command_is_answered_in_the_listed_words(typed: str, capsys, monkeypatch) -> None:
+    """On stderr, as one sentence; the exit code says whose mistake it was."""
+    code, out, err = last_words(typed, capsys, monkeypatch)
+
+    assert is_said(f"Error: {TABLES['typed'][typed]}", err), err
+    assert out == ""
+    usage = ("no dynlora home", "a home already", "--config", "--key", "--pretrained", "with -o")
+    assert code == (2 if any(words in err for words in usage) else 1)

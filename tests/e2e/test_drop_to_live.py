@@ -60,7 +60,7 @@ def test_images_in_general_can_be_given_with_a_new_home(tmp_path):
         for images in (tmp_path / "few", IMAGES)
     )  # fmt: skip
 
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "expected at least 256" in refused.stderr
     assert made.returncode == 0, made.stderr
     assert (tmp_path / "home" / MOMENTS_NAME).read_bytes() != BUNDLED_MOMENTS.read_bytes()
@@ -186,12 +186,13 @@ def log_to(home, uri):
 
 @pytest.mark.nightly  # every day: the same way through a full disk, and the same sentence from load_clip
 def test_init_says_what_is_wrong_with_a_model_name(e2e_home, tmp_path):
-    """One sentence from the worker, exit code 1, and the path can be used again."""
+    """One sentence from the worker, exit code 2, and the path can be used again."""
     e2e_home.path = tmp_path / "other"
-    done = e2e_home.dynlora("init", tmp_path / "other", "--model", "no-such-model")
+    done = e2e_home.dynlora("init", tmp_path / "other", "--model", "no-such-model", "--pretrained", "openai")
 
-    assert done.returncode == 1
-    assert "no-such-model" in done.stderr
+    assert done.returncode == 2
+    assert "open_clip knows no architecture 'no-such-model'" in done.stderr
+    assert not (tmp_path / "other").exists()
     assert "Traceback" not in done.stderr
 
 

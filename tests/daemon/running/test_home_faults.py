@@ -25,6 +25,29 @@ def test_init_without_torch_says_what_to_install_and_makes_nothing(dynlora, tmp_
     assert not (tmp_path / "home").exists()
 
 
+def test_init_of_a_model_without_weights_is_a_usage_error_and_makes_nothing(dynlora, tmp_path):
+    """Known at once, without torch; what brings its own weights needs none named."""
+    code, _, err = dynlora("init", tmp_path / "home", "--model", "ViT-B-16")
+
+    assert code == 2
+    assert "ViT-B-16 was named without weights; expected --pretrained" in err
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_init_that_failed_leaves_what_was_there_before_and_no_half_of_a_home(dynlora, tmp_path):
+    """One process of the worker: a model that nobody knows. The path is free for the next try."""
+    (tmp_path / "home" / "inbox" / "cups").mkdir(parents=True)
+    (tmp_path / "home" / "notes.txt").write_text("mine")
+    code, _, err = dynlora("init", tmp_path / "home", "--model", "ViT-Q", "--pretrained", "openai")
+
+    assert code == 2
+    assert "open_clip knows no architecture 'ViT-Q'" in err
+    assert {path.name for path in (tmp_path / "home").rglob("*")} == {"inbox", "cups", "notes.txt"}
+    code, _, err = dynlora("status", "--home", tmp_path / "home")
+    assert code == 2
+    assert "is no dynlora home" in err
+
+
 @pytest.mark.parametrize("command", [["init"], ["adapt", "--batch", "000001-cups", "--parent", "0"]])
 def test_a_worker_without_torch_blames_the_installation_not_the_batch(tmp_path, command):
     """It says so in the protocol; the batch stays where it is."""

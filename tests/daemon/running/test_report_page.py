@@ -118,6 +118,16 @@ def test_a_home_without_any_batch_has_a_page_too(home, dynlora, tmp_path):
     assert "version 0 has no parent" in text
 
 
+def test_a_page_that_cannot_be_written_is_told_by_its_own_name(home, dynlora, tmp_path):
+    """Not by that of the file it is written through."""
+    page = tmp_path / f"{'x' * 300}.html"
+    code, _, err = dynlora("report", "--home", home, "--no-images", "-o", page)
+
+    assert code == 1
+    assert f"Error: {page} cannot be written: File name too long; name another with -o" in err
+    assert list(tmp_path.glob("*.tmp*")) == []
+
+
 def test_pruned_versions_and_damaged_manifests_leave_a_page(tmp_path, dynlora):
     """What cannot be compared or read is said, and the rest is shown."""
     tiny = TinyHome(tmp_path / "home")
