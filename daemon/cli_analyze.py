@@ -23,14 +23,19 @@ PLOTS_HINT = "no drawings: matplotlib is not installed; pip install 'dynlora[plo
 @click.option("--ranks", default="4,16", show_default=True, help="Ranks to try, with commas between.")
 @click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True, help="Of each trial.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("analysis"), show_default=True
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("analysis"),
+    show_default=True,
+    help="Folder for the figures (JSON) and the drawings; made if it is not there.",
 )
 @common_options
 @pass_options
 def analyze(options: Options, batch: str, *, probe: Path | None, ranks: str, steps: int, out: Path) -> None:
     """Learn a batch (its id, a folder or an archive) in one part of the model after the other, and compare.
 
-    Nothing is published, and nothing in the home changes.
+    It learns with the published loss, whatever preset is configured: the default's leaves the vision tower as
+    it is. Nothing is published, and nothing in the home changes.
     """
     from daemon.foreground import run_worker
     from daemon.progress import showing

@@ -2,12 +2,14 @@
 
 import os
 import pwd
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from daemon.output import Options, common_options, pass_options
+from daemon.output import DEFAULT_HOME, Function, Options, common_options_with, pass_options
+from daemon.unit_files import SYSTEM_HOME
 
 _LINGERING_DIR = Path("/var/lib/systemd/linger")  # a file for each user whose systemd is always there
 
@@ -17,22 +19,22 @@ def systemd() -> None:
     """Run daemon and server as systemd services."""
 
 
-def _target_options(command: Any) -> Any:
-    user = click.option("--user", "is_user", is_flag=True, help="Into your own systemd, without root.")
+def _target_options(*, user: str, dry_run: str) -> Callable[[Function], Function]:
+    """The options that both commands have; they do opposite things, so each has words of its own."""
+    is_user = click.option("--user", "is_user", is_flag=True, help=user)
     root = click.option("--root", type=click.Path(path_type=Path), default=Path("/"), hidden=True)
-    dry = click.option("--dry-run", is_flag=True, help="Print what would be written; change nothing.")
-    return user(root(dry(command)))
+    dry = click.option("--dry-run", is_flag=True, help=dry_run)
+    common = common_options_with(f"{SYSTEM_HOME}; with --user $DYNLORA_HOME or {DEFAULT_HOME}")
+    return lambda command: is_user(root(dry(common(command))))
 
 
 @systemd.command()
-@_target_options
-@common_options
+@_target_options(
+    user="Into your own systemd, without root.", dry_run="Print what would be written; change nothing."
+)
 @pass_options
 def install(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> None:
-    """Write units, users and inbox, and let systemd read them; nothing is started yet.
-
-    The home is /var/lib/dynlora, or what --home says; with --user it is what every command uses.
-    """
+    """Write units, users and inbox, and let systemd read them; nothing is started yet."""
     from daemon import systemd as units
     from daemon import unit_files
 
@@ -63,11 +65,12 @@ def install(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> No
 
 
 @systemd.command()
-@_target_options
-@common_options
+@_target_options(
+    user="From your own systemd, without root.", dry_run="Print what would be removed; change nothing."
+)
 @pass_options
 def uninstall(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> None:
-    """Stop the services and remove their files. Home, user and group stay: they hold what was learnt."""
+    """Stop the services and remove their files. Home, users and groups stay: they hold what was learnt."""
     from daemon import systemd as units
     from daemon import unit_files
 
@@ -82,7 +85,7 @@ def uninstall(options: Options, *, is_user: bool, root: Path, dry_run: bool) -> 
 
 def _target(options: Options, *, is_user: bool, root: Path) -> Any:
     from daemon.systemd import systemd_version
-    from daemon.unit_files import SYSTEM_HOME, Target
+    from daemon.unit_files import Target
 
     home = options.home.absolute() if is_user or options.home_option else SYSTEM_HOME
     return Target(home=home, is_user=is_user, root=root, version=systemd_version())

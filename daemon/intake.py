@@ -232,7 +232,8 @@ class Intake:
         empty = empty_folders(self.scan, now, self.config.inbox)
         hidden = hidden_folders(self.scan, now, self.config.inbox)
         self.problems = (*self.scan.problems, *empty, *hidden)
-        return [IntakeEvent("inbox_problem", p.sentence) for p in self.problems if p not in told]
+        news = [problem for problem in self.problems if problem not in told]
+        return [IntakeEvent("inbox_problem", p.sentence, path=self.inbox / p.name) for p in news]
 
     def _take(self, group: list[Item], now: float) -> list[IntakeEvent]:
         """Claim a group, and finish it or have it finished."""

@@ -65,12 +65,17 @@ pass_options = click.make_pass_decorator(Options)
 
 def common_options(function: Function) -> Function:
     """Add --home, --config and --json to a command."""
+    return common_options_with(f"$DYNLORA_HOME or {DEFAULT_HOME}")(function)
+
+
+def common_options_with(home_default: str) -> Callable[[Function], Function]:
+    """As common_options, of a command with another home where none is named: `home_default` says which."""
     decorators = (
         click.option(
             "--home",
             "home_option",
             type=click.Path(path_type=Path, file_okay=False),
-            help=f"Home directory. [default: $DYNLORA_HOME or {DEFAULT_HOME}]",
+            help=f"Home directory. [default: {home_default}]",
             **_stored,
         ),
         click.option(
@@ -82,9 +87,13 @@ def common_options(function: Function) -> Function:
         ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document.", **_stored),
     )
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
+
+    def decorate(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
 
 
 def table(headers: list[str], rows: list[list[str]]) -> None:

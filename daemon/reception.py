@@ -74,7 +74,7 @@ class Reception:
         elif name in {"queued", "set_aside", "note"}:
             self._tell(name, level, batch=event.batch, what=event.message)
         else:
-            self._tell(name, level, batch=event.batch, why=event.message)
+            self._tell(name, level, batch=event.batch, why=event.message, path=_as_text(event.path))
 
     def _is_stopping(self) -> bool:
         return self.should_stop()
@@ -129,6 +129,14 @@ class Reception:
         """A sentence for everything that is left lying in the inbox, and for why nothing is taken in."""
         found = [problem.sentence for problem in self._intake.problems]
         return [*found, self._intake.waits] if self._intake.waits else found
+
+
+def _as_text(path: Path | None) -> str | None:
+    """Absolute; None of a name that is no UTF-8, which no event can hold."""
+    try:
+        return None if path is None else path.absolute().as_posix().encode().decode()
+    except UnicodeEncodeError:
+        return None
 
 
 class Knowledge:

@@ -7,8 +7,9 @@ crash, and nothing reads it to decide. `snapshot` reads the listing itself.
 import contextlib
 import errno
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,26 @@ def snapshot(home: Path) -> dict[str, Any]:
     content["batches"] = {
         state: spool.ids(state) for state in ("incoming", "queued", "work", "held", "failed")
     } | {"done": len(spool.ids("done"))}
-    content["inbox"] = said.get("inbox", [])
+    told = EventLog(home).tail()
+    content["inbox"] = said.get("inbox", []) if pid is not None else _left_lying(told)
     content["trouble"] = said.get("trouble")
     content["mlflow"] = said.get("mlflow")
     content["rests"] = said.get("rests") or _paused(home)
     content["oldest_at"] = said.get("oldest_at", Waits(spool).oldest_at())
-    decisions = [entry for entry in EventLog(home).tail() if entry["event"] in DECISIONS]
+    decisions = [entry for entry in told if entry["event"] in DECISIONS]
     content["decisions"] = decisions[-LAST_DECISIONS:]
     return content
+
+
+def _left_lying(told: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the last daemon said of everything in the inbox that is still there."""
+    found: dict[str, str] = {}
+    for entry in told:
+        if entry["event"] == "started":
+            found.clear()
+        elif entry["event"] == "inbox_problem" and isinstance(entry.get("path"), str):
+            found[entry["path"]] = str(entry.get("why"))
+    return [sentence for path, sentence in found.items() if os.path.lexists(path)]
 
 
 def _paused(home: Path) -> dict[str, Any] | None:

@@ -41,6 +41,7 @@ class IntakeEvent:
     event: str
     message: str
     batch: str | None = None
+    path: Path | None = None  # of what is left lying in the inbox
 
 
 @dataclass

@@ -99,6 +99,23 @@ def test_every_command_is_in_the_readme_and_has_help() -> None:
     assert [name for name, command in program().commands.items() if not command.help] == []
 
 
+def test_every_option_has_help() -> None:
+    """Nor are any of its options, but for those that are hidden."""
+    commands = dict(program().commands)
+    for name, command in program().commands.items():
+        if isinstance(command, click.Group):
+            commands |= {f"{name} {part}": member for part, member in command.commands.items()}
+    options = [
+        (name, option)
+        for name, command in commands.items()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.hidden
+    ]
+
+    assert len(options) > 60
+    assert [(name, option.opts) for name, option in options if not option.help] == []
+
+
 def test_options_in_the_command_table_exist() -> None:
     """The table's options are real ones."""
     for name, row in re.findall(r"^\| `dynlora ([a-z-]+)(.*)$", README.read_text(), re.MULTILINE):

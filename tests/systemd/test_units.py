@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from daemon import systemd, unit_files
+from daemon import cli_systemd, systemd, unit_files
 from daemon.systemd import SystemdError
 from daemon.unit_files import SERVE_UNIT, SOCKET_UNIT, UNIT, Target
 
@@ -127,6 +128,26 @@ def test_a_home_of_any_name_is_one_argument(home, argument):
         unit = unit_of(Target(home=Path(home), is_user=is_user, python=Path("/usr/bin/python3")))
         assert f"\nExecStart=/usr/bin/python3 -m daemon.cli --home {argument} run\n" in unit
     assert f"\nReadWritePaths={argument}\n".replace("$$", "$") in unit
+
+
+@pytest.mark.parametrize(
+    ("command", "says", "says_not"),
+    [
+        (
+            "install",
+            ["would be written", "Into your own systemd", "$DYNLORA_HOME or ./dynlora-home"],
+            "removed",
+        ),
+        ("uninstall", ["would be removed", "From your own systemd", "users and groups stay"], "written"),
+    ],
+)
+def test_the_help_of_each_command_speaks_of_what_that_one_does(command, says, says_not):
+    """The two share their options, and not the words for them."""
+    done = CliRunner().invoke(cli_systemd.systemd, [command, "--help"], terminal_width=200)
+    words = " ".join(done.output.split())
+
+    assert [part for part in says if part not in words] == []
+    assert says_not not in words
 
 
 def test_with_user_all_units_go_into_ones_own_systemd_and_away_again(tmp_path, monkeypatch):

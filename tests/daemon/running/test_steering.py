@@ -8,6 +8,7 @@ import pytest
 
 from daemon import requests
 from daemon.requests import Answer, Request
+from daemon.status import snapshot
 
 
 def test_a_pin_keeps_batches_queued_until_it_is_released(bench):
@@ -93,6 +94,30 @@ def test_a_roll_back_while_a_batch_is_learnt_starts_it_over_from_the_new_parent(
     manifest = bench.store.live_manifest()
     assert (manifest.version, manifest.parent, manifest.batch.id) == (2, 0, batch_id)
     assert [entry.batch for entry in manifest.lineage] == [batch_id]
+
+
+def test_what_lies_unused_in_the_inbox_is_still_told_when_the_daemon_has_stopped(bench):
+    """What the last daemon said, as long as it lies there; nothing of what was cleared away meanwhile."""
+    for name in ("letter.txt", "list.txt", os.fsdecode(b"caf\xe9.txt")):
+        (bench.home / "inbox" / name).write_text("loose")
+    bench.run()
+    running = snapshot_of(bench)
+    bench.service.stop()
+    (bench.home / "inbox" / "list.txt").unlink()
+
+    assert len(running) == 3
+    [sentence] = snapshot_of(bench)
+    assert sentence.startswith("letter.txt lies loose in the inbox")
+    assert sentence in running
+    (bench.home / "inbox" / "letter.txt").unlink()
+    assert snapshot_of(bench) == []
+
+
+def snapshot_of(bench):
+    """What is said of the inbox; the service of these tests holds no lock, which tells a daemon."""
+    if (bench.home / "status.json").exists():
+        return json.loads((bench.home / "status.json").read_text())["inbox"]
+    return snapshot(bench.home)["inbox"]
 
 
 def test_stopping_stops_the_worker_at_a_checkpoint_and_the_next_start_goes_on_from_it(bench):
