@@ -8,6 +8,13 @@ from dynlora.rank import Operator, Ramp, Schedule
 
 Gates = Literal["random", "ones", "spectrum"]
 
+# Fields that one objective alone reads.
+_OF_PUBLISHED = ("batch_size",)
+_OF_DEFAULT = (
+    *("token_learning_rate", "gate_learning_rate", "aim", "guard", "margin", "keep", "hold", "shrink"),
+    *("known_factor", "names_per_step", "views", "crop_min_area", "colour_jitter"),
+)
+
 
 class SettingsError(DynloraError):
     """A setting has a value that cannot work."""
@@ -23,12 +30,12 @@ class Settings:
     prompts_at_once: int | None = None
     rank: int = 16  # of each matrix's update before pruning
     steps: int = 500
-    batch_size: int = 64  # images per step
+    batch_size: int = 64  # images per step of the published objective
     learning_rate: float = 5e-4  # peak; cosine to 0 without warm-up
     betas: tuple[float, float] = (0.9, 0.9999)
     weight_decay: float = 0.0
     dense_fraction: float = 0.5  # share of the steps before any thresholding
-    kappa_max: float = 0.005  # threshold at the end of the ramp
+    kappa_max: float = 0.005  # threshold at the end of the ramp, where there is no kappa_total
     kappa_levels: int = 50  # stairs of the ramp, the first of which is 0
     kappa_total: float | None = None  # sum of all thresholds, instead of kappa_max: for any number of steps
     settle_fraction: float = 0.0  # share of the steps after the ramp, in which what survived goes on learning
@@ -77,8 +84,13 @@ class Settings:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """For plans and manifests; `from_dict` takes it back."""
-        return asdict(self)
+        """For plans, checkpoints and manifests, without what the objective does not read; `from_dict` takes
+        it back.
+        """
+        unread = {*(_OF_PUBLISHED if self.objective == "default" else _OF_DEFAULT)}
+        if self.kappa_total is not None:
+            unread.add("kappa_max")
+        return {key: value for key, value in asdict(self).items() if key not in unread}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
