@@ -28,6 +28,7 @@ from dynlora.aiming import Aim
 from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.encoders import Encoders
+from dynlora.errors import TaskError
 from dynlora.lora import LoRA
 from dynlora.moments import ImageMoments, MixedMoments
 from dynlora.names import same_name_key
@@ -49,7 +50,11 @@ _SHARE_OF_SEEN = 0.75
 
 
 class RetainingObjective:
-    """The default preset's loss for one task."""
+    """The default preset's loss for one task.
+
+    Raises:
+        TaskError: two names are one to the tokenizer, or nothing of the names can be learnt.
+    """
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
         self.task, self.settings, self.seed = task, settings, seed
@@ -59,7 +64,14 @@ class RetainingObjective:
         names = [*task.classes, *task.known, *everyday, *words]
         self.asked = torch.arange(len(names) - len(words))  # the vocabulary is only held
         self.prompts = prompts.tokenize(clip, [n.name for n in names], [n.template for n in names])
+        prompts.check_distinct(self.prompts, [n.name for n in names[: self.own + self.known]], self.own)
         self.tokens = _own_tokens(clip, task) if settings.token_learning_rate else []
+        if not (self.tokens or settings.learning_rate):
+            own = ", ".join(repr(name.name) for name in task.classes)
+            raise TaskError(
+                f"{own}: every word of these names is one of their templates, too; expected a token of their "
+                "own, or a learning rate for the text tower's matrices"
+            )
         self._sort_names()
         self.before = self._encode_all()  # (S, D), by the model as it is before learning
         self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
@@ -223,10 +235,12 @@ def _factors(loras: list[LoRA]) -> list[Tensor]:
 
 def _free(task: Task, names: Sequence[str]) -> list[Name]:
     """Those that are neither in the batch nor known, in the singular or the plural."""
-    taken = {_singular(n.name) for n in (*task.classes, *task.known)}
-    return [Name(name) for name in names if _singular(name) not in taken]
+    taken = set[str]().union(*(_singulars(n.name) for n in (*task.classes, *task.known)))
+    return [Name(name) for name in names if taken.isdisjoint(_singulars(name))]
 
 
-def _singular(name: str) -> str:
-    """Enough of a singular that `shoes` need not rise above `shoe`."""
-    return same_name_key(name).removesuffix("s")
+def _singulars(name: str) -> set[str]:
+    """The name and what it may be the plural of: `boxes` need not rise above `box`."""
+    key = same_name_key(name)
+    endings = (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe"))
+    return {key, *(key.removesuffix(end) + singular for end, singular in endings if key.endswith(end))}
