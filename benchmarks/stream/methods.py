@@ -75,7 +75,7 @@ class LowRank:
         moments: ImageMoments | None = None,
     ) -> None:
         self.name, self.grid, self._settings, self._moments = name, grid, settings, moments
-        self._seen: Seen | None = None  # as a home without moments keeps them
+        self._seen: Seen | None = None  # as a home keeps them
 
     def learn(self, clip: Clip, task: Task, budget: Budget, params: Params, *, seed: int) -> Lesson:
         """Adapt and fold."""

@@ -200,17 +200,20 @@ def test_a_name_of_template_words_alone_needs_the_matrices():
         RetainingObjective(clip, task, SHORT.with_overrides(learning_rate=0.0), seed=0)
 
 
-def test_without_moments_images_of_earlier_batches_stand_for_images_in_general():
-    """Three of four draws; and what a task leaves for later ones is the moments of its own classes."""
+def test_images_of_earlier_batches_are_among_images_in_general():
+    """With moments every other draw; and what a task leaves for later ones is the moments of its classes."""
     clip = load_clip()
     seen = ImageMoments(torch.eye(128)[0], 1e-8 * torch.eye(128))
     task = dataclasses.replace(task_of(clip, ["shoes", "hat"]), seen=seen)
-    objective = RetainingObjective(clip, task, SHORT, seed=0)
-    drawn = objective.aim.general.draw(100, torch.Generator().manual_seed(0))
+    shares = []
+    for moments in (None, ImageMoments.load(BUNDLED_MOMENTS, width=128)):
+        objective = RetainingObjective(clip, dataclasses.replace(task, moments=moments), SHORT, seed=0)
+        drawn = objective.aim.general.draw(100, torch.Generator().manual_seed(0))
+        shares.append(int((drawn[:, 0] > 0.99).sum()))
     with torch.no_grad():
         clean = F.normalize(clip.model.visual(task.pixels), dim=-1)
 
-    assert int((drawn[:, 0] > 0.99).sum()) == 75
+    assert shares == [75, 50]
     assert F.cosine_similarity(objective.own_moments.mean, clean.mean(0), dim=0) > 0.98
 
 
@@ -228,6 +231,26 @@ def test_before_the_first_step_nothing_has_moved():
             losses.append(float(objective.loss(0)))
 
     assert abs(losses[0] - losses[1]) < 1e-3
+
+
+def test_a_batch_of_few_classes_holds_and_shrinks_more_in_proportion():
+    """Two classes where eight are usual: four times as much; where two are: as it is written."""
+    clip = load_clip()
+    task, losses = task_of(clip, ["shoes", "hat"], known=["dog"]), {}
+    free = SHORT.with_overrides(hold=0.0, shrink=0.0)
+    for settings in (free, *(SHORT.with_overrides(few_classes=count) for count in (1, 2, 8))):
+        objective = RetainingObjective(clip, task, settings, seed=0)
+        with attached(clip.model, 4, only=objective.wants, tokens=objective.tokens) as sites, torch.no_grad():
+            reset(sites, seed=0, random_importance=False)
+            objective.begin(sites)
+            for site in sites:
+                site.lora.lora_B.fill_(0.3)
+                site.lora.lora_A.fill_(0.01)
+            losses[settings.few_classes, settings.hold] = float(objective.loss(0))
+    aim, one, two, eight = losses.values()
+
+    assert one == two > aim + 0.1
+    assert eight - aim == pytest.approx(4 * (two - aim), rel=1e-3)
 
 
 def test_names_that_share_a_token_with_the_batch_are_held_in_every_step_known_ones_most():
