@@ -110,8 +110,7 @@ def adapt_batch(
         hooks = _noted_for_mlflow(hooks, work_dir, config)
         adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
     with _making_candidate(), watch.stage("fold"):
-        if moments.general is None:
-            _leave_own_moments(adaptation, batch, work_dir)
+        _leave_own_moments(adaptation, batch, work_dir)
         result_dir = work_dir / RESULT_DIR
         atomic.make_dir(result_dir)
         delta = to_delta(adaptation)
@@ -135,7 +134,7 @@ def adapt_batch(
 
 
 def _leave_own_moments(adaptation: Adaptation, batch: Batch, work_dir: Path) -> None:
-    """For batches to come, should this one be published: they know nothing else of images in general."""
+    """For batches to come, should this one be published: they are to leave these images to their names."""
     if (own := adaptation.own_moments) is not None:
         mean, covariance = own.mean.numpy(), own.covariance.numpy()
         Seen(mean, covariance, len(batch.classes), (batch.id,)).save(work_dir / OWN_NAME)

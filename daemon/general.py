@@ -37,8 +37,8 @@ _OF = "weights_sha256"  # in the file's header: version 0's, whose answers these
 class HomeMoments:
     """What learning may know of images that are not the batch's.
 
-    general: of images in general; seen: of earlier batches' images, only where the former is None.
-    sha256: of the file that it is from; None without.
+    general: of images in general; seen: of earlier batches' images; either may be missing.
+    sha256: of the files that they are from; None without any.
     """
 
     general: ImageMoments | None = None
@@ -47,7 +47,7 @@ class HomeMoments:
 
 
 def home_moments(home: Path, width: int, *, of: str, warn: Callable[[str], None]) -> HomeMoments:
-    """What `dynlora init` kept, or else what earlier batches left.
+    """What `dynlora init` kept, and what earlier batches left.
 
     Args:
         width: of the model's embeddings.
@@ -57,24 +57,32 @@ def home_moments(home: Path, width: int, *, of: str, warn: Callable[[str], None]
     Raises:
         ModelError: what `dynlora init` kept is damaged, or of another model.
     """
-    path = home / MOMENTS_NAME
-    if path.exists():
-        general = ImageMoments.load(path, width=width)
-        if read_metadata(path).get(_OF, of) != of:
-            raise ModelError(
-                f"{path} is of another model than this home began with; copy the file from a new home of the "
-                "same model, or delete it: learning goes on without"
-            )
-        return HomeMoments(general, sha256=_sha256(path))
-    seen = load_seen(home, width, warn)
-    if seen is None:
+    general = _load_general(home / MOMENTS_NAME, width, of)
+    seen = None
+    if (found := load_seen(home, width, warn)) is not None:
+        seen = ImageMoments(torch.from_numpy(found.mean), torch.from_numpy(found.covariance))
+    if general is None and seen is None:
         warn(
             "nothing is known of images in general, neither from `dynlora init --images` nor from earlier "
             "batches: only this batch's own images say what its names must keep away from (docs/models.md)"
         )
         return HomeMoments()
-    moments = ImageMoments(torch.from_numpy(seen.mean), torch.from_numpy(seen.covariance))
-    return HomeMoments(seen=moments, sha256=_sha256(home / SEEN_NAME))
+    files = [home / name for name, has in ((MOMENTS_NAME, general), (SEEN_NAME, seen)) if has]
+    return HomeMoments(
+        general, seen, hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    )
+
+
+def _load_general(path: Path, width: int, of: str) -> ImageMoments | None:
+    if not path.exists():
+        return None
+    general = ImageMoments.load(path, width=width)
+    if read_metadata(path).get(_OF, of) != of:
+        raise ModelError(
+            f"{path} is of another model than this home began with; copy the file from a new home of the "
+            "same model, or delete it: learning goes on without"
+        )
+    return general
 
 
 def bundled_moments(width: int) -> ImageMoments:
@@ -122,10 +130,6 @@ def moments_of_folder(clip: Clip, folder: Path, *, told: Callable[[int, int], No
         )
     told(wanted, wanted)
     return ImageMoments.of(found)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _embed(clip: Clip, paths: Sequence[Path]) -> Tensor:

@@ -1,9 +1,10 @@
 """`seen_moments.safetensors`: mean and covariance of the model's answers to the images of published batches.
 
-For a home whose model came without moments of images in general: then those of earlier batches say far more
-about them than a drop's own images (docs/log.md). Two moments over everything there was, none of a batch or
-a class: no image can be made from them. A worker leaves its batch's own beside batch.json; they are added,
-once, when the batch is finished. A mere memory: where it is damaged it is begun anew. No torch.
+What a new name must keep away from is above all images of the names learnt before it (docs/log.md); in a home
+whose model came without moments of images in general they are all there is. Two moments over everything there
+was, none of a batch or a class: no image can be made from them. A worker leaves its batch's own beside
+batch.json; they are added, once, when the batch is finished. A mere memory: where it is damaged it is begun
+anew. No torch.
 """
 
 import json

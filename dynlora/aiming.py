@@ -18,6 +18,7 @@ from torch import Tensor
 from dynlora.moments import ImageMoments, MixedMoments
 
 _DRAWN = 1024  # images in general, new ones in each step
+_LOOKED_AT = 8192  # of the batch's own views in a step, at most: memory grows by this times the classes
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,20 @@ class Aim:
     _among_others: Tensor = field(init=False, repr=False)  # (N, 1): log Σ exp over other names
 
     def __post_init__(self) -> None:
-        logits = self.scale * self.images @ self.others.T
-        object.__setattr__(self, "_among_others", torch.logsumexp(logits, dim=1, keepdim=True))
+        parts = [
+            torch.logsumexp(self.scale * part @ self.others.T, dim=1, keepdim=True)
+            for part in torch.split(self.images, _DRAWN)
+        ]
+        object.__setattr__(self, "_among_others", torch.cat(parts))
 
     def loss(self, texts: Tensor, generator: torch.Generator) -> Tensor:
         """Of texts (C, D), differentiable."""
-        own = self.scale * self.images @ texts.T
-        stand_out = F.cross_entropy(torch.cat([own, self._among_others], dim=1), self.labels)
+        images, among_others, labels = self.images, self._among_others, self.labels
+        if len(images) > _LOOKED_AT:
+            some = torch.randint(len(images), (_LOOKED_AT,), generator=generator)
+            images, among_others, labels = images[some], among_others[some], labels[some]
+        own = self.scale * images @ texts.T
+        stand_out = F.cross_entropy(torch.cat([own, among_others], dim=1), labels)
         return stand_out + self._in_general(texts, generator)
 
     def _in_general(self, texts: Tensor, generator: torch.Generator) -> Tensor:

@@ -74,8 +74,9 @@ def _chosen(sites: list[Site], only: Callable[[Site], bool]) -> list[Site]:
     chosen = [site for site in sites if only(site)]
     if not chosen:
         raise ModelError("no matrix of the model was chosen to be adapted; expected at least one")
+    kept = {id(site) for site in chosen}
     for site in sites:
-        if site not in chosen:
+        if id(site) not in kept:
             site.lora.requires_grad_(False)
             for parameter in site.lora.parameters():
                 parameter.zero_()

@@ -191,7 +191,7 @@ class _Run:
 
     def _threshold(self) -> None:
         kappa = self.schedule.kappa(self.step)
-        if kappa == 0:
+        if kappa == 0 or (self.settings.gates == "spectrum" and self.step == 0):  # no spectrum yet
             return
         with torch.no_grad():  # all gates in one go: the proximal step of λ‖w‖₁
             gates = soft_threshold(torch.cat(self.importances), kappa, operator=self.settings.threshold)

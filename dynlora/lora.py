@@ -7,6 +7,7 @@ Shapes: B batch, L tokens, D width, r rank.
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +49,6 @@ class LoRA(nn.Module):
     def delta(self) -> Tensor:
         """ΔW, (out, in)."""
         return (self.lora_B * self.importance) @ self.lora_A
-
-    def row(self) -> Tensor:
-        """ΔW of a single row, (1, in). Element by element: autocast would round a product to bfloat16."""
-        return self.lora_B * self.importance * self.lora_A
 
     def squared_norm(self) -> Tensor:
         """‖ΔW‖², differentiable, by way of two (r, r) products."""
@@ -165,8 +162,13 @@ class LoRAEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Indices (…) → (…, D)."""
+        loras: list[Any] = list(self.loras)  # (1, D), (1,) and (1, 1) each: all rows in one go
+        rows = torch.cat([lora.lora_A for lora in loras])
+        gates = torch.cat([lora.importance for lora in loras])
+        signs = torch.cat([lora.lora_B for lora in loras])
         none = torch.zeros(1, self.base.embedding_dim)
-        updates = torch.cat([none, *(lora.row() for lora in self.loras)])  # type: ignore[operator]
+        # Element by element: autocast would round a product of matrices to bfloat16.
+        updates = torch.cat([none, signs * gates[:, None] * rows])
         own: Tensor = self.base(tokens)
         return own + F.embedding(self._place[tokens], updates)  # type: ignore[index]
 

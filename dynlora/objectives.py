@@ -67,6 +67,7 @@ class PublishedObjective:
         self.prompts = prompts.tokenize(
             clip, [c.name for c in task.classes], [c.template for c in task.classes]
         )
+        prompts.check_distinct(self.prompts, [c.name for c in task.classes], len(task.classes))
         self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
         self.bias = clip.logit_bias
         self.batches = BatchSampler(len(task.labels), settings.batch_size, seed=seed)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dynlora.blocks import text_tower
 from dynlora.clip import Clip
+from dynlora.errors import TaskError
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -52,6 +53,23 @@ def tokenize(clip: Clip, names: Sequence[str], templates: Sequence[str] | str = 
     if eot is None:
         return Prompts(tokens, None)
     return Prompts(tokens[:, : int(eot.max()) + 1].contiguous(), eot)
+
+
+def check_distinct(prompts: Prompts, names: Sequence[str], own: int) -> None:
+    """Of the first len(names) prompts, the first `own` are a task's: each must differ from all the others.
+
+    Raises:
+        TaskError: a tokenizer makes the same of two names, so that no image could ever be told the one's.
+    """
+    seen: dict[bytes, int] = {}
+    for number, tokens in enumerate(prompts.tokens[: len(names)].cpu().numpy()):
+        first = seen.setdefault(tokens.tobytes(), number)
+        if first != number and first < own:
+            raise TaskError(
+                f"the model's tokenizer makes the same of the class names {names[first]!r} and "
+                f"{names[number]!r}: it leaves out what sets them apart, or cuts it off after "
+                f"{prompts.tokens.shape[1]} tokens; rename the new class"
+            )
 
 
 def last_seen(model: nn.Module, tokens: Tensor) -> Tensor | None:

@@ -66,6 +66,8 @@ class Schedule:
             return 0.0
         if self.stairs == "reference":
             stair = self._reference_stair(step)
+        elif len(self.ramp) == 1:
+            stair = self.levels - 1  # no way to rise: a ramp without any threshold would prune nothing
         else:
             stair = (step - self.ramp.start) * self.levels // len(self.ramp)
         return self.kappa_max * min(stair, self.levels - 1) / (self.levels - 1)

@@ -9,6 +9,9 @@ which all names share. No image of the past is needed or kept.
     hold    known names, everyday ones and a vocabulary stay where the previous model had them, known most
     shrink  a small update rather than a large one
 
+The aim is a mean over images: one class alone would pull as much as ten together. So a batch of few classes
+holds and shrinks more, and many small batches move the model about as much as one large one.
+
 "Learning to Name Classes for Vision and Language Models" (arXiv 2304.01830) learns token embeddings of
 classes; here they are updates of the model's own rows, merged and ranked as every other matrix is.
 
@@ -28,6 +31,7 @@ from dynlora.aiming import Aim
 from dynlora.attach import Site
 from dynlora.clip import Clip
 from dynlora.encoders import Encoders
+from dynlora.errors import TaskError
 from dynlora.lora import LoRA
 from dynlora.moments import ImageMoments, MixedMoments
 from dynlora.names import same_name_key
@@ -44,12 +48,16 @@ _IMAGES_AT_ONCE = 64
 _FAR_WORDS = 2_000
 # A drop's own images are alike; without moments of the model, what stands for images in general says less.
 _BLIND_STAND_INS = 128
-# Of the draws, without moments of the model: what earlier batches showed is more general than one's own.
-_SHARE_OF_SEEN = 0.75
+# Of the draws, those from what earlier batches showed: beside the model's moments, and beside a batch's own.
+_SHARE_OF_SEEN, _BLIND_SHARE_OF_SEEN = 0.5, 0.75
 
 
 class RetainingObjective:
-    """The default preset's loss for one task."""
+    """The default preset's loss for one task.
+
+    Raises:
+        TaskError: two names are one to the tokenizer, or nothing of the names can be learnt.
+    """
 
     def __init__(self, clip: Clip, task: Task, settings: Settings, *, seed: int) -> None:
         self.task, self.settings, self.seed = task, settings, seed
@@ -59,7 +67,14 @@ class RetainingObjective:
         names = [*task.classes, *task.known, *everyday, *words]
         self.asked = torch.arange(len(names) - len(words))  # the vocabulary is only held
         self.prompts = prompts.tokenize(clip, [n.name for n in names], [n.template for n in names])
+        prompts.check_distinct(self.prompts, [n.name for n in names[: self.own + self.known]], self.own)
         self.tokens = _own_tokens(clip, task) if settings.token_learning_rate else []
+        if not (self.tokens or settings.learning_rate):
+            own = ", ".join(repr(name.name) for name in task.classes)
+            raise TaskError(
+                f"{own}: every word of these names is one of their templates, too; expected a token of their "
+                "own, or a learning rate for the text tower's matrices"
+            )
         self._sort_names()
         self.before = self._encode_all()  # (S, D), by the model as it is before learning
         self.scale = float(clip.model.logit_scale.exp())  # type: ignore[operator]
@@ -91,12 +106,13 @@ class RetainingObjective:
         s, generator = self.settings, generator_for(self.seed, -2 - step)
         held = self._choose_held(generator)
         texts = self.encoders.texts(self.prompts.rows(torch.cat([torch.arange(self.own), held])))
+        care = max(1.0, s.few_classes / self.own)
         loss = s.aim * self.aim.loss(texts[: self.own], generator)
         if len(held):
             weight = self._weight(held)
             moved = _moved(texts[self.own :], self.before[held])
-            loss = loss + s.hold * (weight * moved).sum() / weight.sum()
-        return loss + s.shrink * torch.stack([site.lora.squared_norm() for site in self.sites]).sum()
+            loss = loss + care * s.hold * (weight * moved).sum() / weight.sum()
+        return loss + care * s.shrink * torch.stack([site.lora.squared_norm() for site in self.sites]).sum()
 
     def choose_scale(self, sites: list[Site]) -> float:
         """The share of the update that tells the tuning images apart best; all of it without any.
@@ -167,7 +183,7 @@ class RetainingObjective:
                 for part in everyone
             ]
             images = torch.cat(seen)  # (V·N, D)
-            general = self.task.moments or self._for_want_of_moments(images, generator)
+            general = self._in_general(images, generator)
         return Aim(
             images,
             self.task.labels.repeat(s.views),
@@ -180,12 +196,18 @@ class RetainingObjective:
             margin=s.margin,
         )
 
-    def _for_want_of_moments(self, images: Tensor, generator: torch.Generator) -> ImageMoments | MixedMoments:
-        """Of the batch's images and of stand-ins made out of them, and of what earlier batches showed."""
+    def _in_general(self, images: Tensor, generator: torch.Generator) -> ImageMoments | MixedMoments:
+        """What the model was made with, or else the batch has; and what earlier batches showed."""
+        moments, seen = self.task.moments, self.task.seen
+        first = moments or self._moments_of(images, generator)
+        share = _SHARE_OF_SEEN if moments else _BLIND_SHARE_OF_SEEN
+        return MixedMoments(first, seen, share) if seen else first
+
+    def _moments_of(self, images: Tensor, generator: torch.Generator) -> ImageMoments:
+        """Of the batch's images and of stand-ins made out of them, for want of something more general."""
         stand_ins = augment.stand_ins(self.task.pixels, _BLIND_STAND_INS, generator)
         seen = [self.encoders.images(part) for part in torch.split(stand_ins, _IMAGES_AT_ONCE)]
-        own = ImageMoments.of(torch.cat([*seen, images[: len(self.task.labels)]]))
-        return MixedMoments(own, self.task.seen, _SHARE_OF_SEEN) if self.task.seen else own
+        return ImageMoments.of(torch.cat([*seen, images[: len(self.task.labels)]]))
 
     def _encode_all(self) -> Tensor:
         """Names that no step asks about keep zeros: encoding them is the dearest part."""
@@ -223,10 +245,12 @@ def _factors(loras: list[LoRA]) -> list[Tensor]:
 
 def _free(task: Task, names: Sequence[str]) -> list[Name]:
     """Those that are neither in the batch nor known, in the singular or the plural."""
-    taken = {_singular(n.name) for n in (*task.classes, *task.known)}
-    return [Name(name) for name in names if _singular(name) not in taken]
+    taken = set[str]().union(*(_singulars(n.name) for n in (*task.classes, *task.known)))
+    return [Name(name) for name in names if taken.isdisjoint(_singulars(name))]
 
 
-def _singular(name: str) -> str:
-    """Enough of a singular that `shoes` need not rise above `shoe`."""
-    return same_name_key(name).removesuffix("s")
+def _singulars(name: str) -> set[str]:
+    """The name and what it may be the plural of: `boxes` need not rise above `box`."""
+    key = same_name_key(name)
+    endings = (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe"))
+    return {key, *(key.removesuffix(end) + singular for end, singular in endings if key.endswith(end))}

@@ -29,8 +29,8 @@ class Task:
     pixels: (N, 3, H, W) float32, preprocessed as for serving; labels: (N,) int64 into `classes`.
     tune_pixels, tune_labels: held out of training, for choices such as the size of the update; may be empty.
     known: names learnt or given before, less this task's own.
-    moments: what the vision tower answers to images in general; None: taken from the task's own images, and
-    from seen, what it answered to those of earlier tasks.
+    moments: what the vision tower answers to images in general; None: taken from the task's own images.
+    seen: what it answered to the images of earlier tasks.
     """
 
     classes: Sequence[Name]

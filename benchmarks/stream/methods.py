@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from daemon.seen import Seen
 from dynlora import Adaptation, Clip, Hooks, Settings, Task, adapt, preset
 from dynlora.clip import BUNDLED_MOMENTS
 from dynlora.moments import ImageMoments
@@ -75,6 +76,7 @@ class LowRank:
         moments: ImageMoments | None = None,
     ) -> None:
         self.name, self.grid, self._settings, self._moments = name, grid, settings, moments
+        self._seen: Seen | None = None  # as a home keeps them
 
     def learn(self, clip: Clip, task: Task, budget: Budget, params: Params, *, seed: int) -> Lesson:
         """Adapt and fold."""
@@ -84,10 +86,21 @@ class LowRank:
         losses: list[float] = []
         hooks = Hooks(on_progress=lambda progress: losses.append(progress.loss))
         is_theirs = self._moments is not None and len(self._moments.mean) == clip.model_cfg["embed_dim"]
-        task = replace(task, moments=self._moments if is_theirs else None)
+        task = replace(task, moments=self._moments if is_theirs else None, seen=self._seen_moments())
         adaptation = adapt(clip, task, settings, seed=seed, hooks=hooks)
+        self._remember(adaptation.own_moments, len(task.classes))
         fold_into(dict(clip.model.named_parameters()), adaptation)
         return Lesson(ends(losses), mean_rank(adaptation))
+
+    def _seen_moments(self) -> ImageMoments | None:
+        if self._seen is None:
+            return None
+        return ImageMoments(torch.from_numpy(self._seen.mean), torch.from_numpy(self._seen.covariance))
+
+    def _remember(self, own: ImageMoments | None, classes: int) -> None:
+        if own is not None:
+            more = Seen(own.mean.numpy(), own.covariance.numpy(), classes, ())
+            self._seen = self._seen.with_more(more) if self._seen else more
 
 
 def fold_into(weights: dict[str, Tensor], adaptation: Adaptation) -> None:
@@ -124,7 +137,11 @@ def published() -> LowRank:
 
 
 def default(*, blind: bool = False) -> LowRank:
-    """The default preset, its learning rates times a factor; `blind` without the model's image moments."""
+    """The default preset, its learning rates times a factor.
+
+    Args:
+        blind: without the model's image moments; those of the tasks before are all there is.
+    """
     base = preset("default")
 
     def settings(params: Params) -> Settings:

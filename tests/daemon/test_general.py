@@ -81,7 +81,7 @@ def test_a_folder_with_too_few_images_is_refused_with_the_number_it_takes(tmp_pa
 
 
 def test_a_home_that_knows_nothing_says_so_and_one_that_has_seen_batches_uses_these(tmp_path):
-    """What was made for all images counts for more than what was seen."""
+    """Beside what was made for all images, if it was; and the hash is of all that is used."""
     told = []
     assert asked(tmp_path, warn=told.append) == HomeMoments()
     assert "only this batch's own images" in told[0]
@@ -92,7 +92,10 @@ def test_a_home_that_knows_nothing_says_so_and_one_that_has_seen_batches_uses_th
     assert torch.equal(seen.seen.mean, torch.ones(128))
     assert seen.sha256 == hashlib.sha256((tmp_path / SEEN_NAME).read_bytes()).hexdigest()
     keep(tmp_path, bundled_moments(128), of=OF)
-    assert asked(tmp_path).seen is None
+    both, files = asked(tmp_path), (tmp_path / MOMENTS_NAME, tmp_path / SEEN_NAME)
+    assert torch.equal(both.general.mean, bundled_moments(128).mean)
+    assert torch.equal(both.seen.mean, torch.ones(128))
+    assert both.sha256 == hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def test_moments_of_another_model_are_refused(tmp_path):

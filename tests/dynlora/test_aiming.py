@@ -60,6 +60,21 @@ def test_the_loss_is_what_naive_loops_make_of_its_description():
     assert got == pytest.approx(stand_out + general_loss / 1024, rel=1e-4)
 
 
+def test_of_very_many_images_a_step_looks_at_some_and_on_average_sees_them_all():
+    """Memory is bounded; the mean over steps comes to the loss over all."""
+    many = 20_000
+    images, labels = unit(many, 1), torch.arange(many) % 2
+    aim = Aim(images, labels, unit(2, 2), unit(3, 3), ImageMoments.of(unit(50, 4)), 20.0, 0.0, 0.0, 0.0)
+    texts = unit(2, 5)
+    logits = torch.cat(
+        [20.0 * images @ texts.T, torch.logsumexp(20.0 * images @ unit(3, 3).T, 1)[:, None]], 1
+    )
+    losses = [float(aim.loss(texts, torch.Generator().manual_seed(step))) for step in range(20)]
+
+    assert len(set(losses)) == 20
+    assert sum(losses) / 20 == pytest.approx(float(F.cross_entropy(logits, labels)), rel=0.01)
+
+
 def test_a_name_at_its_own_images_costs_less_than_one_at_other_names():
     """And one that lies where images in general lie costs most of all."""
     images = F.normalize(unit(1, 1) + 0.1 * unit(5, 8), dim=-1)

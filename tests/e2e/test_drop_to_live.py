@@ -41,7 +41,8 @@ def test_what_a_version_was_learnt_with_is_on_record(undisturbed):
     manifests = [undisturbed.store.manifest(n) for n in undisturbed.store.versions()]
     moments = hashlib.sha256((undisturbed.path / MOMENTS_NAME).read_bytes()).hexdigest()
 
-    assert [m.method["moments_sha256"] for m in manifests[1:]] == [moments] * 2
+    assert [m.method["moments_sha256"] == moments for m in manifests[1:]] == [True, False]
+    assert Seen.load(undisturbed.path / SEEN_NAME).batches == tuple(undisturbed.spool.ids("done"))
     assert all(m.method["tokens"] > 0 for m in manifests[1:])
     assert len({vision_digest(undisturbed.store.path(m.version)) for m in manifests}) == 1
     assert all(m.metrics["mean_image_cosine"] == pytest.approx(1, abs=1e-6) for m in manifests[1:])
