@@ -8,12 +8,8 @@ from dynlora.rank import Operator, Ramp, Schedule
 
 Gates = Literal["random", "ones", "spectrum"]
 
-# Fields that one objective alone reads.
-_OF_PUBLISHED = ("batch_size",)
-_OF_DEFAULT = (
-    *("token_learning_rate", "gate_learning_rate", "aim", "guard", "margin", "keep", "hold", "shrink"),
-    *("known_factor", "names_per_step", "views", "crop_min_area", "colour_jitter"),
-)
+_OF_PUBLISHED = {"batch_size"}  # fields that no other objective reads
+_OF_DEFAULT_FROM = "token_learning_rate"  # this one and all after it
 
 
 class SettingsError(DynloraError):
@@ -44,7 +40,7 @@ class Settings:
     gates: Gates = "random"  # where they start: N(0, 1) as published, all at 1, or later at singular values
     pruned_energy: float = 0.1  # share of ‖ΔW‖² below the threshold, with gates from the spectrum
 
-    # Of the default objective only (dynlora/retaining.py says what the weights weigh).
+    # From here on of the default objective only (dynlora/retaining.py says what the weights weigh).
     token_learning_rate: float = 5e-3  # of the rows of the batch's tokens; 0: they stay as they are
     gate_learning_rate: float = 0.2  # of gates that are singular values
     aim: float = 1.0
@@ -88,10 +84,12 @@ class Settings:
         """For plans, checkpoints and manifests, without what the objective does not read; `from_dict` takes
         it back.
         """
-        unread = {*(_OF_PUBLISHED if self.objective == "default" else _OF_DEFAULT)}
-        if self.kappa_total is not None:
-            unread.add("kappa_max")
-        return {key: value for key, value in asdict(self).items() if key not in unread}
+        values = asdict(self)
+        names = list(values)
+        of_default = set(names[names.index(_OF_DEFAULT_FROM) :])
+        unread = _OF_PUBLISHED if self.objective == "default" else of_default
+        unread = unread | ({"kappa_max"} if self.kappa_total is not None else set())
+        return {key: value for key, value in values.items() if key not in unread}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
