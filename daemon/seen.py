@@ -2,7 +2,7 @@
 
 What a new name must keep away from is above all images of the names learnt before it (docs/log.md); in a home
 whose model came without moments of images in general they are all there is. Two moments over everything there
-was, none of a batch or a class: no image can be made from them. A worker leaves its batch's own beside
+was, from which no image can be made. A worker leaves its batch's own beside
 batch.json; they are added, once, when the batch is finished. A mere memory: where it is damaged it is begun
 anew. No torch.
 """

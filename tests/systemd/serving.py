@@ -1,6 +1,8 @@
 """The server's life under a real systemd; run inside of the lab as root. One JSON object per finding."""
 
 import json
+import os
+import signal
 import threading
 import time
 import urllib.error
@@ -92,6 +94,21 @@ def restart() -> None:
     report(step="restart", answers=len(codes), failed=failed, processes=len(pids))
 
 
+def hang() -> None:
+    """A server that stands still is killed by the watchdog; who asks meanwhile is answered by the next one."""
+    override = Path("/etc/systemd/system") / f"{SERVER}.d"
+    override.mkdir(exist_ok=True)
+    (override / "watchdog.conf").write_text("[Service]\nWatchdogSec=3\n")
+    run("systemctl", "daemon-reload")
+    run("systemctl", "restart", SERVER)
+    first = shown("MainPID", SERVER)
+    os.kill(int(first), signal.SIGSTOP)
+    code = ask("/version")
+    journal = run("journalctl", "--no-pager", "--unit", SERVER, "--output", "cat")
+    is_new = shown("MainPID", SERVER) != first
+    report(step="watchdog", told="Watchdog timeout" in journal, code=code, is_new=is_new)
+
+
 def stop() -> None:
     """Stopped, started again by the next request, and stopped in time."""
     run("systemctl", "stop", SERVER)
@@ -106,5 +123,5 @@ def stop() -> None:
 
 
 if __name__ == "__main__":
-    for part in (start, see_less, follow, restart, stop):
+    for part in (start, see_less, follow, restart, hang, stop):
         part()

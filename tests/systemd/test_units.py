@@ -306,7 +306,7 @@ def test_a_whole_life_under_a_real_systemd():
 @pytest.mark.timeout(620)
 @pytest.mark.skipif(why_no_lab() is not None, reason=str(why_no_lab()))
 def test_the_servers_life_under_a_real_systemd():
-    """A token as credential, a version published beside it, restarts without a lost request, stop."""
+    """A token as credential, a version published beside it, restarts without a lost request, hang, stop."""
     steps = {entry["step"]: entry for entry in findings("serving.py")}
 
     assert (steps["start"]["active"], steps["start"]["status"]) == ("active", "serving version 0")
@@ -317,6 +317,7 @@ def test_the_servers_life_under_a_real_systemd():
     assert steps["restart"]["failed"] == []
     assert steps["restart"]["answers"] > 60
     assert steps["restart"]["processes"] == 4
+    assert steps["watchdog"] == {"step": "watchdog", "told": True, "code": 200, "is_new": True}
     assert steps["on demand"] == {"step": "on demand", "before": "inactive", "code": 200}
     assert steps["stop"]["seconds"] < 40
     assert (steps["stop"]["result"], steps["stop"]["traceback"]) == ("success", False)
