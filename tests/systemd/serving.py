@@ -95,7 +95,7 @@ def restart() -> None:
 
 
 def hang() -> None:
-    """A server that stands still is killed by the watchdog; who asks meanwhile is answered by the next one."""
+    """A server that stands still is killed by the watchdog; the next one answers who asks meanwhile."""
     override = Path("/etc/systemd/system") / f"{SERVER}.d"
     override.mkdir(exist_ok=True)
     (override / "watchdog.conf").write_text("[Service]\nWatchdogSec=3\n")
