@@ -27,12 +27,12 @@ from daemon.curve import CurveWriter, Point
 from daemon.errors import WorkerError
 from daemon.examine import Examiner
 from daemon.founding import software_versions
-from daemon.general import home_moments
+from daemon.general import HomeMoments, home_moments, seen_of_moments
 from daemon.grading import Grading, Stopwatch
 from daemon.pixels import load_pixels
 from daemon.plan import Plan, seed_of, settle_plan, stored_plan
 from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
-from daemon.seen import OWN_NAME, Seen
+from daemon.seen import OWN_NAME
 from daemon.spool import Spool
 from daemon.staging import Candidate, stage_candidate
 from deploy import atomic
@@ -80,8 +80,7 @@ def adapt_batch(
     store = VersionStore(home / "serving")
     parent_dir, parent_manifest = store.path(parent), store.manifest(parent)
     warnings: list[str] = []
-    first = store.manifest(0).files[WEIGHTS_NAME].sha256
-    moments = home_moments(home, parent_manifest.embed_dim, of=first, warn=warnings.append)
+    moments = _known_of_images(home, store, parent_manifest, config, warnings)
     wanted = _plan(batch, parent_manifest, config, moments.sha256)
     stored = _readable(stored_plan(work_dir, wanted))
     plan = stored or wanted
@@ -89,9 +88,8 @@ def adapt_batch(
     # The same version twice, for torch to learn from and for ONNX Runtime to ask: both at once.
     with watch.stage("load", is_told=False), ThreadPoolExecutor(1) as beside:
         opening = beside.submit(LoadedVersion, parent_dir, threads=plan.threads)
-        clip = load_version(
-            parent_dir / OPEN_CLIP_CONFIG_NAME, parent_dir / WEIGHTS_NAME, parent_manifest.architecture
-        )
+        config_path, weights_path = parent_dir / OPEN_CLIP_CONFIG_NAME, parent_dir / WEIGHTS_NAME
+        clip = load_version(config_path, weights_path, parent_manifest.architecture)
         classes = union_of_classes(load_classes(parent_dir).classes, batch)
     with watch.stage("score"), opening.result() as live:
         taken_out = frozenset(reverted_batches(store))
@@ -121,23 +119,27 @@ def adapt_batch(
     with _making_candidate():
         known = {WEIGHTS_NAME: staged.weights}
         draft, exams = grading.of(staged.directory, candidate.manifest_draft, known=known)
-    draft |= {
-        "method": _method(plan, adaptation, watch.seconds["train"]),
-        "ranks": adaptation.ranks,
-        "delta_norm": delta.norm,
-        "drift_norm": staged.drift,
-    }
-    if adaptation.own_moments is None:
-        warnings.clear()  # of another preset, which learns without
+    method = _method(plan, adaptation, watch.seconds["train"])
+    draft |= {"method": method, "ranks": adaptation.ranks}
+    draft |= {"delta_norm": delta.norm, "drift_norm": staged.drift}
     report = _report(draft, exams, warnings=[*warnings, *examiner.warnings], seconds=watch.seconds)
     atomic.write_text(result_dir / REPORT_NAME, report.model_dump_json(indent=2) + "\n")
+
+
+def _known_of_images(
+    home: Path, store: VersionStore, parent: Manifest, config: Config, warnings: list[str]
+) -> HomeMoments:
+    """What the home knows of images, for a preset that learns from it; adds to `warnings` what it lacks."""
+    if presets.preset(config.learning.preset).objective != "default":
+        return HomeMoments()
+    first = store.manifest(0).files[WEIGHTS_NAME].sha256
+    return home_moments(home, parent.embed_dim, of=first, warn=warnings.append)
 
 
 def _leave_own_moments(adaptation: Adaptation, batch: Batch, work_dir: Path) -> None:
     """For batches to come, should this one be published: they are to leave these images to their names."""
     if (own := adaptation.own_moments) is not None:
-        mean, covariance = own.mean.numpy(), own.covariance.numpy()
-        Seen(mean, covariance, len(batch.classes), (batch.id,)).save(work_dir / OWN_NAME)
+        seen_of_moments(own, classes=len(batch.classes), batch=batch.id).save(work_dir / OWN_NAME)
 
 
 @contextmanager

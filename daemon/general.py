@@ -1,8 +1,8 @@
 """What a home knows about images in general: two moments of the first model's answers, no image.
 
 Learning uses them, clients never see them: they lie beside the store, not in its versions. The bundled model
-comes with its own; for another model `dynlora init --images FOLDER` makes them. A home without learns them
-from batch to batch (daemon.seen). Runs in the worker only.
+comes with its own; for another model `dynlora init --images FOLDER` makes them. What batches showed since is
+beside them (daemon.seen). Runs in the worker only.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from daemon.errors import ConfigError
-from daemon.seen import SEEN_NAME, load_seen
+from daemon.seen import SEEN_NAME, Seen, load_seen
 from deploy import atomic
 from deploy.decode import decode_image
 from deploy.errors import ImageError
@@ -25,7 +25,7 @@ from deploy.preprocess import Preprocessing
 from deploy.weights import read_metadata
 from dynlora.clip import BUNDLED_MOMENTS, Clip
 from dynlora.errors import ModelError
-from dynlora.moments import ImageMoments
+from dynlora.moments import REMEDY, ImageMoments
 
 MOMENTS_NAME = "image_moments.safetensors"
 MOST_IMAGES = 5_000  # more do not change two moments
@@ -58,9 +58,8 @@ def home_moments(home: Path, width: int, *, of: str, warn: Callable[[str], None]
         ModelError: what `dynlora init` kept is damaged, or of another model.
     """
     general = _load_general(home / MOMENTS_NAME, width, of)
-    seen = None
-    if (found := load_seen(home, width, warn)) is not None:
-        seen = ImageMoments(torch.from_numpy(found.mean), torch.from_numpy(found.covariance))
+    found = load_seen(home, width, warn)
+    seen = None if found is None else moments_of_seen(found)
     if general is None and seen is None:
         warn(
             "nothing is known of images in general, neither from `dynlora init --images` nor from earlier "
@@ -78,11 +77,18 @@ def _load_general(path: Path, width: int, of: str) -> ImageMoments | None:
         return None
     general = ImageMoments.load(path, width=width)
     if read_metadata(path).get(_OF, of) != of:
-        raise ModelError(
-            f"{path} is of another model than this home began with; copy the file from a new home of the "
-            "same model, or delete it: learning goes on without"
-        )
+        raise ModelError(f"{path} is of another model than this home began with; {REMEDY}")
     return general
+
+
+def moments_of_seen(seen: Seen) -> ImageMoments:
+    """For learning: in torch, over mean (D,) and covariance (D, D)."""
+    return ImageMoments(torch.from_numpy(seen.mean), torch.from_numpy(seen.covariance))
+
+
+def seen_of_moments(own: ImageMoments, *, classes: int, batch: str) -> Seen:
+    """For the home: what one batch of so many classes showed."""
+    return Seen(own.mean.numpy(), own.covariance.numpy(), classes, (batch,))
 
 
 def bundled_moments(width: int) -> ImageMoments:

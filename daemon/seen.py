@@ -2,9 +2,8 @@
 
 What a new name must keep away from is above all images of the names learnt before it (docs/log.md); in a home
 whose model came without moments of images in general they are all there is. Two moments over everything there
-was, from which no image can be made. A worker leaves its batch's own beside
-batch.json; they are added, once, when the batch is finished. A mere memory: where it is damaged it is begun
-anew. No torch.
+was, from which no image can be made. A worker leaves its batch's own beside batch.json; they are added, once,
+when the batch is finished. A mere memory: where it is damaged it is begun anew. No torch.
 """
 
 import json
@@ -78,7 +77,10 @@ class Seen:
             raise WeightsError(f"{path}: expected a mean (D,) and a covariance (D, D)")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise WeightsError(f"{path} holds values that are no numbers")
-        return cls(mean, covariance, int(said["classes"]), tuple(json.loads(said["batches"])))
+        try:
+            return cls(mean, covariance, int(said["classes"]), tuple(json.loads(said["batches"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path}: its header does not say what it is made of: {error}") from error
 
 
 def load_seen(home: Path, dim: int, warn: Callable[[str], None]) -> Seen | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dynlora.errors import ModelError
 
 _SHRINKAGE = 0.05  # of the covariance towards an even one: directions nobody has seen are not impossible
-_REMEDY = "copy the file from a new home of the same model, or delete it: learning goes on without"
+REMEDY = "copy the file from a new home of the same model, or delete it: learning goes on without"
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class ImageMoments:
             tensors = load_file(path)
             moments = cls(tensors["mean"].float(), tensors["covariance"].float())
         except (SafetensorError, KeyError, OSError) as error:
-            raise ModelError(f"cannot read the image moments in {path}: {error}; {_REMEDY}") from error
+            raise ModelError(f"cannot read the image moments in {path}: {error}; {REMEDY}") from error
         if moments.mean.shape != (width,) or moments.covariance.shape != (width, width):
             raise ModelError(
                 f"{path} has image moments of width {len(moments.mean)}; the model's embeddings have {width}"
             )
         if not all(bool(tensor.isfinite().all()) for tensor in (moments.mean, moments.covariance)):
-            raise ModelError(f"{path} has image moments that are no numbers; {_REMEDY}")
+            raise ModelError(f"{path} has image moments that are no numbers; {REMEDY}")
         try:
             moments._root  # noqa: B018 - nothing can be drawn without it
         except RuntimeError as error:
-            raise ModelError(f"{path} has a covariance that no images can have; {_REMEDY}") from error
+            raise ModelError(f"{path} has a covariance that no images can have; {REMEDY}") from error
         return moments
 
 

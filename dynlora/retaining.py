@@ -183,7 +183,7 @@ class RetainingObjective:
                 for part in everyone
             ]
             images = torch.cat(seen)  # (V·N, D)
-            general = self._in_general(images, generator)
+            general = self._moments_in_general(images, generator)
         return Aim(
             images,
             self.task.labels.repeat(s.views),
@@ -196,7 +196,7 @@ class RetainingObjective:
             margin=s.margin,
         )
 
-    def _in_general(self, images: Tensor, generator: torch.Generator) -> ImageMoments | MixedMoments:
+    def _moments_in_general(self, images: Tensor, generator: torch.Generator) -> ImageMoments | MixedMoments:
         """What the model was made with, or else the batch has; and what earlier batches showed."""
         moments, seen = self.task.moments, self.task.seen
         first = moments or self._moments_of(images, generator)

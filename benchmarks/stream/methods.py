@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from daemon.general import moments_of_seen, seen_of_moments
 from daemon.seen import Seen
 from dynlora import Adaptation, Clip, Hooks, Settings, Task, adapt, preset
 from dynlora.clip import BUNDLED_MOMENTS
@@ -86,20 +87,16 @@ class LowRank:
         losses: list[float] = []
         hooks = Hooks(on_progress=lambda progress: losses.append(progress.loss))
         is_theirs = self._moments is not None and len(self._moments.mean) == clip.model_cfg["embed_dim"]
-        task = replace(task, moments=self._moments if is_theirs else None, seen=self._seen_moments())
+        seen = moments_of_seen(self._seen) if self._seen else None
+        task = replace(task, moments=self._moments if is_theirs else None, seen=seen)
         adaptation = adapt(clip, task, settings, seed=seed, hooks=hooks)
         self._remember(adaptation.own_moments, len(task.classes))
         fold_into(dict(clip.model.named_parameters()), adaptation)
         return Lesson(ends(losses), mean_rank(adaptation))
 
-    def _seen_moments(self) -> ImageMoments | None:
-        if self._seen is None:
-            return None
-        return ImageMoments(torch.from_numpy(self._seen.mean), torch.from_numpy(self._seen.covariance))
-
     def _remember(self, own: ImageMoments | None, classes: int) -> None:
         if own is not None:
-            more = Seen(own.mean.numpy(), own.covariance.numpy(), classes, ())
+            more = seen_of_moments(own, classes=classes, batch="")
             self._seen = self._seen.with_more(more) if self._seen else more
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon.seen import OWN_NAME, SEEN_NAME, Seen, add_own, load_seen
+from deploy.weights import write_weights
 
 WIDTH = 5
 
@@ -71,6 +72,18 @@ def test_damage_is_told_and_blocks_nothing(tmp_path):
     assert len(told) == 2
     assert SEEN_NAME in told[0]
     assert OWN_NAME in told[1]
+
+
+def test_a_header_that_lacks_something_is_damage_too(tmp_path):
+    """It ends no daemon."""
+    told, said = [], {"kind": "dynlora seen moments", "schema": "1", "classes": "many"}
+    tensors = {"mean": np.zeros(WIDTH, np.float32), "covariance": np.eye(WIDTH, dtype=np.float32)}
+    for header in (said, said | {"classes": "2"}, said | {"batches": "[", "classes": "2"}):
+        write_weights(tmp_path / SEEN_NAME, tensors, metadata=header)
+        assert load_seen(tmp_path, WIDTH, told.append) is None
+
+    assert len(told) == 3
+    assert all("header does not say what it is made of" in sentence for sentence in told)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
