@@ -2,8 +2,8 @@
 configuration.
 
 Only an attempt that failed by itself counts against `attempts.max`. One that ended because the daemon was
-killed or stopped says nothing about the batch, unless it happens again and again: then the batch may be what
-brings the machine down, and it is put aside too.
+killed or stopped says nothing about the batch, unless it happens again and again without getting any further:
+then the batch may be what brings the machine down, and it is put aside too.
 """
 
 from daemon.batch import Batch
@@ -22,12 +22,14 @@ def failures(batch: Batch) -> list[str]:
 
 
 def interruptions(batch: Batch) -> int:
-    """How many attempts at the end of the list were cut short, one after the other."""
-    count = 0
-    for attempt in reversed(batch.attempts):
-        if attempt.outcome not in (INTERRUPTED, None):
-            break
-        count += 1
+    """How many attempts at the end of the list were cut short, one after the other, and got nowhere."""
+    count, furthest = 0, 0
+    for attempt in batch.attempts:
+        is_cut_short = attempt.outcome in (INTERRUPTED, None)
+        gets_further = is_cut_short and (attempt.step or 0) > furthest
+        # After anything else learning may have started over, so any step is one further.
+        furthest = max(furthest, attempt.step or 0) if is_cut_short else 0
+        count = count + 1 if is_cut_short and not gets_further else 0
     return count
 
 
@@ -37,7 +39,10 @@ def why_give_up(batch: Batch, config: AttemptsConfig) -> str | None:
     if len(reasons) >= config.max:
         return f"{len(reasons)} of {config.max} attempts failed; the last one: {reasons[-1]}"
     if interruptions(batch) >= MAX_INTERRUPTIONS:
-        return f"the daemon ended {MAX_INTERRUPTIONS} times in a row while learning this batch"
+        return (
+            f"the daemon ended {MAX_INTERRUPTIONS} times in a row while learning this batch, "
+            "and learning came no further"
+        )
     return None
 
 
@@ -57,8 +62,12 @@ def without_repetition(batch: Batch) -> Batch:
     return batch
 
 
-def close_interrupted(batch: Batch) -> Batch:
-    """The record with an attempt that nobody ended marked as interrupted."""
+def close_interrupted(batch: Batch, *, step: int) -> Batch:
+    """The record with an attempt that nobody ended marked as interrupted.
+
+    Args:
+        step: how far its checkpoint has come.
+    """
     if batch.attempts and batch.attempts[-1].outcome is None:
-        return batch.with_outcome(INTERRUPTED)
+        return batch.with_outcome(INTERRUPTED, step=step)
     return batch

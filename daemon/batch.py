@@ -64,11 +64,15 @@ class SetAside(_Record):
 
 
 class Attempt(_Record):
-    """One try at learning the batch; `outcome` is None while it runs or when it was cut short."""
+    """One try at learning the batch; `outcome` is None while it runs or when it was cut short.
+
+    step: how far the checkpoint of an interrupted one had come.
+    """
 
     n: int
     started_at: str
     outcome: str | None = None
+    step: int | None = None
 
 
 class Forgotten(_Record):
@@ -112,10 +116,10 @@ class Batch(_Record):
         attempt = Attempt(n=len(self.attempts) + 1, started_at=started_at)
         return self.model_copy(update={"attempts": [*self.attempts, attempt]})
 
-    def with_outcome(self, outcome: str) -> Self:
+    def with_outcome(self, outcome: str, *, step: int | None = None) -> Self:
         """The record with the last attempt's outcome filled in."""
         assert self.attempts, "an outcome belongs to an attempt"
-        last = self.attempts[-1].model_copy(update={"outcome": outcome})
+        last = self.attempts[-1].model_copy(update={"outcome": outcome, "step": step})
         return self.model_copy(update={"attempts": [*self.attempts[:-1], last]})
 
     def as_forgotten(self, forgotten: Forgotten) -> Self:

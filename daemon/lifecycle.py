@@ -17,6 +17,7 @@ from daemon import attempts, logs
 from daemon.batch import Batch
 from daemon.budget import check_space, needs_of_learning
 from daemon.errors import BatchError, DaemonError
+from daemon.plan import step_reached
 from daemon.publish import Publisher
 from daemon.reception import Knowledge
 from daemon.recovery import next_step
@@ -82,12 +83,16 @@ class Lifecycle:
                 batch = self._spool.load(batch_id)
             except BatchError:
                 continue  # `advance` puts it into failed/
-            closed = attempts.close_interrupted(batch)
+            closed = self._closed(batch)
             if closed is not batch:
                 self._spool.save(closed)
                 logs.log(
                     "recovered", batch=batch_id, attempt=len(batch.attempts), outcome=attempts.INTERRUPTED
                 )
+
+    def _closed(self, batch: Batch) -> Batch:
+        """With an attempt that nobody ended marked as interrupted, where its checkpoint was."""
+        return attempts.close_interrupted(batch, step=step_reached(self._spool.state_dir("work") / batch.id))
 
     def observe(self, now: float) -> None:
         """Hear the running worker, and act when it has ended or must not go on."""
@@ -192,7 +197,7 @@ class Lifecycle:
 
     def _start(self, batch_id: str, now: float) -> None:
         try:
-            batch = attempts.close_interrupted(self._spool.load(batch_id))
+            batch = self._closed(self._spool.load(batch_id))
         except BatchError as error:
             self._give_up(batch_id, str(error))
             return

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy import atomic
+from deploy.errors import WeightsError
+from deploy.weights import read_metadata
 
 PLAN_NAME = "plan.json"
 CHECKPOINT_DIR = "checkpoint"
@@ -61,6 +63,14 @@ def settle_plan(work_dir: Path, plan: Plan) -> Path:
         atomic.write_text(work_dir / PLAN_NAME, plan.model_dump_json(by_alias=True, indent=2) + "\n")
     atomic.make_dir(checkpoint.parent)
     return checkpoint
+
+
+def step_reached(work_dir: Path) -> int:
+    """The step at which the checkpoint goes on; 0 without one that can be read."""
+    try:
+        return int(read_metadata(work_dir / CHECKPOINT_DIR / CHECKPOINT_NAME).get("step", 0))
+    except (WeightsError, ValueError):
+        return 0
 
 
 def _anchor(plan: Plan) -> tuple[object, ...]:

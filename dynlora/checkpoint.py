@@ -36,7 +36,7 @@ def pack(
         tensors[f"{index}.value"] = parameter.detach().contiguous()
         for name in _MOMENTS if parameter in state else ():
             tensors[f"{index}.{name}"] = state[parameter][name].contiguous()
-    return save(tensors)
+    return save(tensors, {"step": str(step)})  # for those who read the header alone
 
 
 def unpack(

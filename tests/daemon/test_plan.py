@@ -2,7 +2,9 @@
 
 import pytest
 
-from daemon.plan import PLAN_NAME, settle_plan, stored_plan
+from daemon.plan import PLAN_NAME, settle_plan, step_reached, stored_plan
+from dynlora.checkpoint import pack
+from dynlora.settings import preset
 from tests.daemon.plans import PLAN
 
 
@@ -34,3 +36,14 @@ def test_a_plan_that_cannot_be_read_is_none(tmp_path):
     (tmp_path / PLAN_NAME).write_text("{}")
 
     assert stored_plan(tmp_path, PLAN) is None
+
+
+def test_the_step_of_a_checkpoint_is_read_without_torch(tmp_path):
+    """How far learning had come says whether an attempt that was killed got anywhere."""
+    assert step_reached(tmp_path) == 0
+    checkpoint = settle_plan(tmp_path, PLAN)
+    assert step_reached(tmp_path) == 0
+    checkpoint.write_bytes(pack([], {}, step=31, loss=0.5, seed=1, settings=preset("default")))
+    assert step_reached(tmp_path) == 31
+    checkpoint.write_bytes(b"damaged")
+    assert step_reached(tmp_path) == 0

@@ -132,6 +132,22 @@ def test_a_batch_that_takes_the_daemon_down_again_and_again_is_put_aside():
     assert why_give_up(batch(*mixed), CONFIG) is None
 
 
+def test_a_batch_whose_checkpoint_gets_further_is_not_what_brings_the_daemon_down():
+    """A long batch on a machine that is killed every hour ends all the same."""
+
+    def reached(*steps):
+        """Cut short at these steps."""
+        record = batch(*[INTERRUPTED] * len(steps))
+        closed = [a.model_copy(update={"step": s}) for a, s in zip(record.attempts, steps, strict=True)]
+        return record.model_copy(update={"attempts": closed})
+
+    often = MAX_INTERRUPTIONS + 5
+    assert why_give_up(reached(*range(1, often)), CONFIG) is None
+    assert why_give_up(reached(*[0] * (MAX_INTERRUPTIONS - 1), 1, 1, 1), CONFIG) is None
+    assert interruptions(reached(0, 7, 7, 0, 7)) == 3, "beginning again and coming as far is no progress"
+    assert "came no further" in why_give_up(reached(3, *[3] * MAX_INTERRUPTIONS), CONFIG)
+
+
 def test_the_wait_doubles_with_every_failure():
     """10, 20, 40 seconds; none after an interruption alone."""
     assert [wait_seconds(batch(*[f"{FAILED}x"] * n), CONFIG) for n in range(4)] == [0, 10, 20, 40]
@@ -140,10 +156,11 @@ def test_the_wait_doubles_with_every_failure():
 
 def test_closing_marks_only_an_attempt_without_an_outcome():
     """What is known about an attempt is never overwritten."""
-    assert close_interrupted(batch(f"{FAILED}x", None)).attempts[-1].outcome == INTERRUPTED
+    closed = close_interrupted(batch(f"{FAILED}x", None), step=4).attempts[-1]
+    assert (closed.outcome, closed.step) == (INTERRUPTED, 4)
     done = batch(f"{FAILED}x")
-    assert close_interrupted(done) is done
-    assert close_interrupted(batch()) == batch()
+    assert close_interrupted(done, step=4) is done
+    assert close_interrupted(batch(), step=4) == batch()
 
 
 def test_missing_events_are_exactly_what_the_files_say_and_the_log_does_not():
