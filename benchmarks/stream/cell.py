@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.stream.methods import Budget, Method, Params, method
 from benchmarks.stream.packs import Asked, Drop, Labelled, Pack, Source, drops_of, union_names
 from dynlora import Clip, Name, Task
-from dynlora.prompts import encode_text, tokenize
+from dynlora.prompts import tokenize
 
 TUNING_SEED = 1000  # far from the seeds of the runs
 TUNED_ON = ("clothing",)  # learnt, in this order, while tuning …
@@ -58,15 +57,13 @@ class Exams:
         place = {name.name: index for index, name in enumerate(names)}
         self.columns = [torch.tensor([place[name] for name in pack.classes]) for pack in packs]
 
-    def ask(self, clip: Clip) -> dict[str, list[Tensor]]:
+    def ask(self, clip: Clip, learner: Method) -> dict[str, list[Tensor]]:
         """For each pack which images are answered rightly, (N,) bool: `own` and `union` label space."""
         right: dict[str, list[Tensor]] = {"own": [], "union": []}
         with torch.inference_mode():
-            texts = encode_text(clip.model, self.prompts)
+            similarity = learner.similarity(clip, self.prompts)
             for images, columns in zip(self.images, self.columns, strict=True):
-                parts = [F.normalize(clip.model.visual(part), dim=-1) for part in images.parts(256)]  # type: ignore[operator]
-                embeddings = torch.cat(parts)
-                similar = embeddings @ texts.T
+                similar = torch.cat([similarity(part) for part in images.parts(256)])
                 right["own"].append(similar[:, columns].argmax(1) == images.labels)
                 right["union"].append(similar.argmax(1) == columns[images.labels])
         return right
@@ -99,7 +96,7 @@ def tune(
         learner = method(name)
         for drop in as_taught(learner, drops):
             learner.learn(clip, drop.task, budget_of(learner, setting, len(drops)), params, seed=TUNING_SEED)
-        trials.append(params | {"score": float(np.mean(accuracies(exams.ask(clip)["union"])))})
+        trials.append(params | {"score": float(np.mean(accuracies(exams.ask(clip, learner)["union"])))})
     best = max(range(len(grid)), key=lambda index: trials[index]["score"])
     return grid[best], trials
 
@@ -119,12 +116,12 @@ def run_cell(
     shots = [pack.train(seed, shots=setting.shots, held_out=0)[0] for pack in stream.packs]
     drops = drops_of(stream.packs, shots, one_class=setting.one_class)
     learner = method(name)
-    first = stream.exams.ask(clip)
+    first = stream.exams.ask(clip, learner)
     record: dict[str, Any] = {
         "method": name, "seed": seed, "setting": asdict(setting), "params": params,
         "zero_shot": {space: accuracies(right) for space, right in first.items()},
         "own": [], "union": [], "negative_flips": [], "seconds": [], "delta_norm": [], "drift": [],
-        "kept_rank": [], "losses": [], "added_parameters": 0,
+        "kept_rank": [], "losses": [],
     }  # fmt: skip
     before = first["union"]
     taught = as_taught(learner, drops)
@@ -135,15 +132,15 @@ def run_cell(
             clip, drop.task, budget_of(learner, setting, len(drops)), params, seed=seed * 1000 + number
         )
         record["seconds"].append(round(time.monotonic() - started, 2))
-        record["delta_norm"].append(_distance(clip, held))
+        record["delta_norm"].append(_moved(learner, clip, held))
         record["losses"].append(lesson.losses)
         record["kept_rank"].append(lesson.kept_rank)
         if number + 1 < len(taught) and taught[number + 1].stage == drop.stage:
             continue  # the pack goes on with its next class
-        after = stream.exams.ask(clip)
+        after = stream.exams.ask(clip, learner)
         for space in ("own", "union"):
             record[space].append(accuracies(after[space]))
-        record["drift"].append(_distance(clip, weights))
+        record["drift"].append(_moved(learner, clip, weights))
         flips = [float((b & ~a).float().mean()) * 100 for b, a in zip(before, after["union"], strict=True)]
         record["negative_flips"].append(round(float(np.mean(flips)), 3))
         before = after["union"]
@@ -152,7 +149,8 @@ def run_cell(
             f"union {np.mean(record['union'][-1]):.1f} %",
             flush=True,
         )
-    record["probes"] = stream.ask_probes(clip)
+    record["added_parameters"] = learner.added_parameters
+    record["probes"] = stream.ask_probes(clip, learner)
     return record
 
 
@@ -169,9 +167,9 @@ class Stream:
             Exams(clip, [pack], [pack.test(setting.test_per_class)], union_names([pack])) for pack in probes
         ]
 
-    def ask_probes(self, clip: Clip) -> dict[str, float]:
+    def ask_probes(self, clip: Clip, learner: Method) -> dict[str, float]:
         """Per cent of each pack that is never learnt, among its own names."""
-        asked = (exams.ask(clip)["own"] for exams in self._probes)
+        asked = (exams.ask(clip, learner)["own"] for exams in self._probes)
         return {pack.path.stem: accuracies(right)[0] for pack, right in zip(self.probes, asked, strict=True)}
 
 
@@ -194,6 +192,11 @@ def budget_of(learner: Method, setting: Setting, drops: int) -> Budget:
     """The steps of one drop; of all of them where all are learnt at once."""
     budget = setting.budget
     return Budget(budget.steps * drops, budget.batch_size) if learner.is_joint else budget
+
+
+def _moved(learner: Method, clip: Clip, weights: dict[str, Tensor]) -> float | None:
+    """How far the weights are from others; None where what was learnt is not in them."""
+    return None if learner.changes_architecture else _distance(clip, weights)
 
 
 def _distance(clip: Clip, weights: dict[str, Tensor]) -> float:

@@ -1,9 +1,10 @@
-"""Every method behind one protocol: it is given a model and a task, and leaves the model with new weights.
+"""Every method behind one protocol: it is given a model and a task, learns it, and can be asked about images.
 
-Methods that learn a low-rank update go through `dynlora.adapt`, the others are in `tuning.py`. All do the
-same number of steps on the same number of images, but for the default, which looks at each image once and
-takes more steps without any, in more time altogether; all choose among three settings on held-out training
-images. All leave the architecture as it is; what changes it (DIKI, C-ADA) is not here.
+Methods that learn a low-rank update go through `dynlora.adapt`, those that tune whole matrices are in
+`tuning.py`. DIKI and C-ADA (`diki.py`, `c_ada.py`) leave the weights as they are and put something beside
+them: they change the architecture, and could never be deployed here. All do the same number of steps on the
+same number of images, but for the default, which looks at each image once and takes more steps without any,
+in more time altogether; all choose among three settings on held-out training images.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from daemon.general import moments_of_seen, seen_of_moments
@@ -18,8 +20,10 @@ from daemon.seen import Seen
 from dynlora import Adaptation, Clip, Hooks, Settings, Task, adapt, preset
 from dynlora.clip import BUNDLED_MOMENTS
 from dynlora.moments import ImageMoments
+from dynlora.prompts import Prompts, encode_text
 
 Params = dict[str, float]
+Similarity = Callable[[Tensor], Tensor]  # pixels (N, 3, H, W) → cosines (N, names)
 
 # Of the default objective for each step of the others: its steps look at no image, and each takes less time;
 # all together take more, 245 s of ten tasks where the paper's recipe takes 157 (benchmarks/results).
@@ -48,15 +52,34 @@ class Method(Protocol):
     name: str
     grid: tuple[Params, ...]
     is_joint: bool  # learns all tasks at once: an upper bound, not a method of continual learning
+    changes_architecture: bool  # what it learns cannot be added to the weights
+
+    @property
+    def added_parameters(self) -> int:
+        """How many numbers inference needs beside the model's, after what was learnt so far."""
 
     def learn(self, clip: Clip, task: Task, budget: Budget, params: Params, *, seed: int) -> Lesson:
-        """Learn the task; the model's weights are changed in place."""
+        """Learn the task; the weights are changed in place, unless the architecture is."""
+
+    def similarity(self, clip: Clip, prompts: Prompts) -> Similarity:
+        """How the model, with what was learnt, likens images to these names."""
 
 
-class ZeroShot:
+class Mergeable:
+    """What all methods share that end in new weights: the model is asked as it is."""
+
+    is_joint, changes_architecture, added_parameters = False, False, 0
+
+    def similarity(self, clip: Clip, prompts: Prompts) -> Similarity:
+        """Of both towers' embeddings."""
+        texts = encode_text(clip.model, prompts)
+        return lambda pixels: F.normalize(clip.model.visual(pixels), dim=-1) @ texts.T  # type: ignore[operator]
+
+
+class ZeroShot(Mergeable):
     """The model as it is."""
 
-    name, is_joint = "zero-shot", False
+    name = "zero-shot"
     grid: tuple[Params, ...] = ({},)
 
     def learn(self, *_: Any, **__: Any) -> Lesson:
@@ -64,10 +87,8 @@ class ZeroShot:
         return Lesson((0.0, 0.0), 0.0)
 
 
-class LowRank:
+class LowRank(Mergeable):
     """Settings for `dynlora.adapt`; the update is added to the weights after each task."""
-
-    is_joint = False
 
     def __init__(
         self,
@@ -158,7 +179,7 @@ def default(*, blind: bool = False) -> LowRank:
 
 def method(name: str) -> Method:
     """A fresh instance; raises KeyError for an unknown name."""
-    from benchmarks.stream import tuning
+    from benchmarks.stream import c_ada, diki, tuning
 
     makers: dict[str, Callable[[], Method]] = {
         "zero-shot": ZeroShot,
@@ -172,12 +193,15 @@ def method(name: str) -> Method:
         "l2": tuning.L2,
         "lwf": tuning.Lwf,
         "orthsr": tuning.OrthSr,
+        "diki": diki.Diki,
+        "c-ada": c_ada.CAda,
         "joint": tuning.Joint,
     }
     return makers[name]()
 
 
+CHANGING = ("diki", "c-ada")  # the architecture
 METHODS = (
     *("zero-shot", "lora-16", "paper", "default", "default-blind", "full", "wise-ft"),
-    *("lora-4", "l2", "lwf", "orthsr", "joint"),
+    *("lora-4", "l2", "lwf", "orthsr", *CHANGING, "joint"),
 )

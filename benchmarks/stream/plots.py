@@ -6,6 +6,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from benchmarks.stream.methods import CHANGING
+
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -19,11 +21,12 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
         curves = [[np.mean(c["zero_shot"]["union"]), *np.mean(c["union"], axis=1)] for c in own]
         mean = np.mean(curves, axis=0)
         places = np.arange(len(mean)) if len(mean) > 2 else np.array([0, len(cells[0]["zero_shot"]["union"])])
-        left.plot(places, mean, marker="o", markersize=3, label=name)
+        line = "--" if name in CHANGING else "-"
+        left.plot(places, mean, line, marker="o", markersize=3, label=name)
         kept = np.mean([next(iter(c["probes"].values())) for c in own])
         right.scatter(kept, mean[-1], label=name)
         right.annotate(name, (kept, mean[-1]), fontsize=8, xytext=(4, 2), textcoords="offset points")
-    left.set(xlabel="tasks learnt", ylabel="accuracy among all names, %")
+    left.set(xlabel="tasks learnt (dashed: changes the architecture)", ylabel="accuracy among all names, %")
     left.legend(fontsize=8)
     right.set(xlabel="Tiny-ImageNet, never learnt, %", ylabel="accuracy among all names at the end, %")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -14,11 +14,12 @@ import numpy as np
 
 from benchmarks import reporting
 from benchmarks.stream.cell import Setting
-from benchmarks.stream.methods import METHODS
+from benchmarks.stream.methods import CHANGING, METHODS
 from benchmarks.stream.packs import PROBES, STREAM
 from dynlora import evaluate
 
 REFERENCE = "default"  # what the others are compared with, seed by seed
+_FORMATS = {"delta_norm": ".2f", "drift": ".2f", "added_parameters": ",.0f"}
 
 
 def figures(cell: dict[str, Any]) -> dict[str, float]:
@@ -34,11 +35,10 @@ def figures(cell: dict[str, Any]) -> dict[str, float]:
         found[f"{space}_last"] = float(evaluate.last(r).mean())
     found["negative_flips"] = float(np.mean(cell["negative_flips"]))
     found |= {probe: cell["probes"][probe] for probe in cell["probes"]}
-    found["delta_norm"] = float(np.mean(cell["delta_norm"]))
-    found["drift"] = cell["drift"][-1]
-    ranks = [rank for rank in cell["kept_rank"] if rank is not None]
-    if ranks:
-        found["kept_rank"] = float(np.mean(ranks))
+    drops = {"delta_norm": cell["delta_norm"], "drift": cell["drift"][-1:], "kept_rank": cell["kept_rank"]}
+    for key, values in drops.items():  # None where a method has none, as those that leave the weights alone
+        if known := [value for value in values if value is not None]:
+            found[key] = float(np.mean(known))
     found["seconds"] = float(np.sum(cell["seconds"]))
     found["added_parameters"] = float(cell["added_parameters"])
     return found
@@ -110,7 +110,7 @@ def text(result: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         f"{where['torch']}. {drop} on {setting['batch_size']} images, {setting['shots']} images a "
         f"class, at most {setting['test_per_class']} test images a class. Bundled "
         "model, per cent, means over seeds. `joint` learns all at once: an upper bound. The default's steps "
-        "look at no image, and there are 3.75 times as many of them."
+        "look at no image, and there are 3.75 times as many of them." + _about_changing(names)
     )
     main = [
         ("seeds", lambda m: " ".join(map(str, result["seeds"][m]))),
@@ -150,14 +150,28 @@ def text(result: dict[str, Any], cells: list[dict[str, Any]]) -> str:
 def _cell(result: dict[str, Any], key: str) -> Any:
     def of(method: str) -> str:
         value = result["means"][method].get(key)
-        return "" if value is None else f"{value:.2f}" if key in ("delta_norm", "drift") else f"{value:.1f}"
+        return "" if value is None else format(value, _FORMATS.get(key, ".1f"))
 
     return of
 
 
 def _table(names: list[str], columns: list[tuple[str, Any]]) -> str:
     header = ["method", *(title for title, _ in columns)]
-    return reporting.table(header, [[name, *(of(name) for _, of in columns)] for name in names])
+    return reporting.table(header, [[marked(name), *(of(name) for _, of in columns)] for name in names])
+
+
+def marked(name: str) -> str:
+    """A method's name, and whether it could be deployed."""
+    return f"{name} (changes the architecture)" if name in CHANGING else name
+
+
+def _about_changing(names: list[str]) -> str:
+    if not set(CHANGING).intersection(names):
+        return ""
+    return (
+        " What changes the architecture cannot be merged: it has neither ‖ΔW‖ nor drift, and nothing that is "
+        "said of mergeable methods is said of it. Added parameters: what inference needs after the last task."
+    )
 
 
 def _paired(result: dict[str, Any], names: list[str]) -> str:
@@ -167,7 +181,7 @@ def _paired(result: dict[str, Any], names: list[str]) -> str:
         found = result["paired"].get(name, {})
         if found:
             seeds = next(iter(found.values()))["seeds"]
-            rows.append([name, seeds, *(_difference(found.get(key)) for key in keys)])
+            rows.append([marked(name), seeds, *(_difference(found.get(key)) for key in keys)])
     return reporting.table(["method", "seeds", "transfer", "average", "last"], rows)
 
 
@@ -184,7 +198,7 @@ def _grids(grids: dict[str, Any], names: list[str]) -> str:
         for trial in grids.get(name, {}).get("trials", []):
             params = {key: value for key, value in trial.items() if key != "score"}
             mark = "chosen" if params == grids[name]["params"] else ""
-            rows.append([name, params, f"{trial['score']:.2f}", mark])
+            rows.append([marked(name), params, f"{trial['score']:.2f}", mark])
     return reporting.table(["method", "settings", "score", ""], rows)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.stream.methods import Budget, Lesson, Params, ends
+from benchmarks.stream.methods import Budget, Lesson, Mergeable, Params, ends
 from dynlora import Clip, Task
 from dynlora.prompts import Prompts, encode_text, tokenize
 from dynlora.sampling import BatchSampler
@@ -32,10 +32,10 @@ class _Both(nn.Module):
         return images, encode_text(self.clip, prompts)
 
 
-class FullTuning:
+class FullTuning(Mergeable):
     """Every weight of both towers is trained."""
 
-    name, is_joint = "full", False
+    name = "full"
     grid: tuple[Params, ...] = tuple({"learning_rate": rate} for rate in _RATES)
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from benchmarks.stream import __main__ as stream_program
 from benchmarks.stream import report
 from benchmarks.stream.__main__ import main
 from benchmarks.stream.cell import TUNED_BESIDE, TUNED_ON, Setting
-from benchmarks.stream.methods import METHODS, Budget, fold_into, method
+from benchmarks.stream.methods import CHANGING, METHODS, Budget, fold_into, method
 from benchmarks.stream.packs import PROBES, STREAM, Pack, drops_of, union_names
 from daemon.adaptation import to_delta
 from deploy.delta import fold
@@ -76,11 +76,11 @@ def _loss(clip, task):
         return float(torch.nn.functional.cross_entropy(100 * images @ texts.T, task.labels))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "zero-shot"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("zero-shot", *CHANGING)])
 def test_every_method_takes_real_steps_and_the_loss_falls(clip, weights, packs, name):
     """The weights end up elsewhere, the images of the task are told apart better, nothing stays trainable.
 
-    The default leaves the vision tower as it is.
+    The default leaves the vision tower as it is. What leaves all weights as they are is tested by itself.
     """
     [drop] = drops_of(packs[:1], [packs[0].train(0, shots=4, held_out=0)[0]], one_class=False)
     before = _loss(clip, drop.task)
@@ -171,7 +171,8 @@ def short_stream(monkeypatch):
 def test_a_stopped_benchmark_goes_on_where_it_was_and_ends_with_the_same_figures(data, tmp_path, capsys):
     """A cell that is there is not run again; one that is missing comes out as before."""
     cells = tmp_path / "results" / "stream"
-    arguments = ["--data", str(data), "--cells", str(cells), "--quick", "--methods", "zero-shot", "lora-4"]
+    methods = ("zero-shot", "lora-4", *CHANGING)
+    arguments = ["--data", str(data), "--cells", str(cells), "--quick", "--methods", *methods]
     main(arguments)
     folder = next(cells.iterdir())
     lora, zero_shot = folder / "lora-4-0.json", folder / "zero-shot-0.json"
@@ -190,6 +191,11 @@ def test_a_stopped_benchmark_goes_on_where_it_was_and_ends_with_the_same_figures
     assert "| zero-shot |" in text
     drift = json.loads(zero_shot.read_text())["drift"]
     assert drift == [0.0] * 4
+    for name in CHANGING:
+        cell = json.loads((folder / f"{name}-0.json").read_text())
+        assert (cell["drift"], cell["delta_norm"]) == ([None] * 4, [None] * 4)
+        assert cell["added_parameters"] > 4 * 24_576
+        assert f"| {name} (changes the architecture) | 0 |" in text
 
 
 def test_figures_of_a_cell_are_those_worked_out_by_hand():
@@ -205,6 +211,8 @@ def test_figures_of_a_cell_are_those_worked_out_by_hand():
     assert (found["union_forgetting"], found["union_backward"]) == (5, -5)
     assert (found["own_transfer"], found["own_last"]) == (20, 65)
     assert (found["drift"], found["kept_rank"], found["seconds"], found["negative_flips"]) == (2.5, 5, 3, 2)
+    without = report.figures(cell | {"delta_norm": [None, None], "drift": [None, None]})
+    assert found.keys() - without.keys() == {"delta_norm", "drift"}
 
 
 @pytest.mark.parametrize("one_class", [False, True])
