@@ -80,6 +80,10 @@ class Metrics:
             "disk_needed_bytes", "What must be free for a batch to be learnt, disk.reserve_bytes included."
         )
         self._size = self._gauge("disk_size_bytes", "Size of the home's file system.")
+        self._runs = self._gauge(
+            "mlflow_waiting_batches",
+            "Batches that were decided and have no run in MLflow yet; 0: it gets none.",
+        )
 
     def _define_work(self) -> None:
         words = "Batches that were finished, by outcome."
@@ -154,7 +158,7 @@ class Metrics:
             self._life.observe(max(0.0, (datetime.now(received_at.tzinfo) - received_at).total_seconds()))
 
     def show(self, content: Mapping[str, Any], now: float) -> None:
-        """Take over what status.json says; `now` in seconds since the epoch.
+        """Take over what status.json says and `mlflow_waiting`; `now` in seconds since the epoch.
 
         Raises:
             OSError: the home cannot be read.
@@ -167,6 +171,7 @@ class Metrics:
         self._problems.set(len(content["inbox"]))
         oldest_at = content.get("oldest_at")
         self._oldest.set(0 if oldest_at is None else max(0.0, now - oldest_at))
+        self._runs.set(content["mlflow_waiting"])
         self._show_work(content["working"] or {})
         for state in STATES:
             self._queue.labels(state).set(len(self._spool.ids(state)))

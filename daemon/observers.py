@@ -30,6 +30,11 @@ class Observers:
         """Why MLflow does not get its runs at the moment; None when it does or need not."""
         return self._tracking.trouble
 
+    @property
+    def runs_waiting(self) -> int:
+        """How many decided batches MLflow has no run of yet; 0 where it is to get none."""
+        return self._tracking.waiting
+
     def reconfigure(self, config: Config) -> None:
         """The next event is told as this says; where metrics are read holds until the daemon ends."""
         self._hooks.config = config.hooks
@@ -51,7 +56,7 @@ class Observers:
         self._hooks.report()
         self._tracking.tick(now)
         if self._exposition is not None:
-            self._exposition.show(content, now)
+            self._exposition.show(content | {"mlflow_waiting": self.runs_waiting}, now)
 
     def is_idle(self) -> bool:
         """Whether every hook was called that is to be, and every run logged that can be."""

@@ -60,9 +60,14 @@ class Tracking:
         """Why runs are not logged at the moment, in a sentence; None when all is well or nothing is to be."""
         if not self._config.tracking_uri or self._part.trouble is None:
             return None
-        count = len(self._waiting or ())
+        count = self.waiting
         waiting = f"; {count} {'batch waits' if count == 1 else 'batches wait'} to be logged" if count else ""
         return f"{self._part.trouble}{waiting}"
+
+    @property
+    def waiting(self) -> int:
+        """How many decided batches have no run yet; 0 where none is to have one."""
+        return len({*(self._waiting or ()), *self._unwritten}) if self._config.tracking_uri else 0
 
     def reconfigure(self, config: MlflowConfig) -> None:
         """The next process logs there; what was in the way may be out of it."""
@@ -156,3 +161,4 @@ class Tracking:
             # A batch that was promoted meanwhile has another note by now.
             if note is None or message.get("decision") in (None, note.decision):
                 remove_note(self._home, batch_id)
+                self._waiting = [other for other in self._waiting or () if other != batch_id]

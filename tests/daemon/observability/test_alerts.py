@@ -39,7 +39,7 @@ def test_every_alert_fires_when_it_should_and_none_on_a_healthy_daemon(tmp_path)
     shutil.copy(FOLDER / "alerts.yml", tmp_path)
     shutil.copy(Path(__file__).with_name("alerts_test.yml"), tmp_path)
 
-    assert "11 rules found" in promtool("check", "rules", "alerts.yml", cwd=tmp_path)
+    assert "12 rules found" in promtool("check", "rules", "alerts.yml", cwd=tmp_path)
     assert "SUCCESS" in promtool("test", "rules", "alerts_test.yml", cwd=tmp_path)
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from daemon.config import ConfigError, MetricsConfig, read_config
+from daemon import tracking
+from daemon.config import ConfigError, MetricsConfig, MlflowConfig, read_config
+from daemon.run_notes import noted
 from tests.daemon.running.conftest import QUICK, Bench
 
 
@@ -119,6 +121,27 @@ def test_a_drop_is_old_from_its_arrival_until_it_is_learnt(bench, port) -> None:
 
     assert found["dynlora_inbox_oldest_age_seconds",] == pytest.approx(3600, abs=60)
     assert found["dynlora_daemon_state", "pinned"] == 1
+
+
+def test_batches_without_a_run_in_mlflow_are_counted_until_none_is_to_have_one(
+    bench, port, monkeypatch
+) -> None:
+    """No client is installed, so what is decided waits; then MLflow is switched off."""
+    monkeypatch.setattr(tracking, "is_installed", lambda: False)
+    wanted = MlflowConfig(tracking_uri="http://127.0.0.1:9")
+    bench.service.reconfigure(bench.config.model_copy(update={"mlflow": wanted}))
+    look(bench)
+    assert scrape(port)["dynlora_mlflow_waiting_batches",] == 0
+    for name in ("cups", "plates"):
+        bench.drop(name)
+        bench.run()
+    look(bench)
+    assert scrape(port)["dynlora_mlflow_waiting_batches",] == len(noted(bench.home)) == 2
+
+    bench.service.reconfigure(bench.config)
+    look(bench)
+
+    assert scrape(port)["dynlora_mlflow_waiting_batches",] == 0
 
 
 def test_no_label_grows_with_batches_or_classes(bench, port) -> None:

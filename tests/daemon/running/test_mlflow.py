@@ -89,8 +89,10 @@ def test_every_decided_batch_becomes_a_run(home, tmp_path):
         bench.run()
     assert runs_of(path) == []
     there = MlflowConfig(tracking_uri=f"sqlite:///{path}", experiment="cups")
+    assert bench.service._observers.runs_waiting == 3
     bench.service.reconfigure(bench.config.model_copy(update={"mlflow": there}))
     bench.tick_until(lambda: noted(home) == [])
+    assert bench.service._observers.runs_waiting == 0, "each is counted until its run is whole, and no longer"
     bench.service.stop()
 
     published, held, failed = runs_of(path)
