@@ -98,7 +98,7 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
                     if signals.wants_reload:
                         signals.wants_reload = False
                         _reload(service, home, config_path, notifier)
-                    is_busy = service.tick(time.time())
+                    is_busy = service.tick(time.time(), steady=time.monotonic())
                     watcher.renew(time.monotonic())
                     notifier.status(service.summary)
                     notifier.alive()

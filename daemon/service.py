@@ -100,17 +100,22 @@ class Service:
         self._is_recovered = True
         self.tell("started", version=live)
 
-    def tick(self, now: float) -> bool:
+    def tick(self, now: float, *, steady: float | None = None) -> bool:
         """One iteration; says whether the next one should follow at once.
 
         Each part has its own trouble: an inbox that cannot be read stops no worker and no publication.
+
+        Args:
+            now: the time of day, in seconds since the epoch.
+            steady: a clock that nobody sets, in seconds; by default the same. It tells how long a drop has
+                been quiet: after a suspend the time of day would say that of one that is still copied.
         """
         self._requests.attempt(self._execute_pending, now)
         if not self._is_recovered:
             self._learning.attempt(self._recover, now)
             self._show(now)
             return self._is_recovered
-        has_drops = self._inbox.attempt(lambda: self.reception.tick(now), now)
+        has_drops = self._inbox.attempt(lambda: self.reception.tick(now if steady is None else steady), now)
         is_busy = self._learning.attempt(lambda: self._learn(now), now) or has_drops
         self._cleaning.attempt(lambda: self._sweep(now), now)
         self._spreading.attempt(self._sharing.tick, now)

@@ -2,9 +2,13 @@
 
 import json
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
+from daemon import loop
 from daemon.errors import NoSpaceError
+from daemon.spool import Spool
 from tests.daemon.running.conftest import draw_class
 from tests.daemon.running.programs import behave, start_daemon, wait_until
 
@@ -99,6 +103,35 @@ def test_run_once_does_not_wait_for_a_pin(dynlora, quick_home, standin):
     assert dynlora("unpin", "--home", quick_home)[0] == 0
     assert dynlora("run", "--once", "--home", quick_home)[0] == 0
     assert json.loads(dynlora("status", "--home", quick_home, "--json")[1])["live"] == 1
+
+
+def test_a_clock_that_jumps_ahead_makes_no_drop_complete(dynlora, quick_home, monkeypatch, tmp_path):
+    """As after a suspend, or on a machine that learns the time late: an hour passes with every look at it."""
+    text = "[inbox]\nsettle_seconds = 1.5\ngather_seconds = 1.5\nscan_seconds = 0.05\n"
+    (quick_home / "config.toml").write_text(text)
+    assert dynlora("rollback", "--to", "0", "--home", quick_home)[0] == 0
+    draw_class(tmp_path / "cups", 7)
+    first, *others = sorted((tmp_path / "cups").iterdir())
+    folder = quick_home / "inbox" / "cups"
+    folder.mkdir()
+    first.rename(folder / first.name)
+
+    def bring_slowly():
+        for picture in others:
+            time.sleep(0.5)
+            picture.rename(folder / picture.name)
+
+    hours = iter(range(100_000))
+    jumping = SimpleNamespace(time=lambda: time.time() + 3600 * next(hours), monotonic=time.monotonic)
+    monkeypatch.setattr(loop, "time", jumping)
+    writer = threading.Thread(target=bring_slowly)
+    writer.start()
+    assert dynlora("run", "--once", "--home", quick_home)[0] == 0
+    writer.join()
+
+    spool = Spool(quick_home)
+    assert (spool.ids("queued"), spool.ids("failed")) == (["000001-cups"], [])
+    assert len(spool.load("000001-cups").images) == 7
 
 
 def test_show_and_versions_tell_a_published_batch_with_its_exam_and_decision(dynlora, quick_home, standin):
