@@ -11,7 +11,9 @@ import pytest
 
 from daemon.exams import load_exams
 from deploy.verify import verify_version
-from tests.e2e.conftest import Home, asking, kill, wait_until
+from tests.e2e.conftest import DYNLORA, ROOT, Home, asking, environment, kill, wait_until
+from tests.e2e.test_towers import NATIVE, TEXT
+from tests.e2e.towers import write_model
 
 
 @pytest.mark.timeout(1800)
@@ -36,6 +38,34 @@ def test_ten_batches_are_learnt_once_each_however_often_the_daemon_is_killed(
 ):
     """200 kills, or DYNLORA_KILLS; which part of a batch they hit is left to chance."""
     kill_often(initialised, undisturbed_ten, tmp_path, int(os.environ.get("DYNLORA_KILLS", "200")), 3)
+
+
+@pytest.mark.nightly
+def test_an_init_that_is_killed_is_told_as_that_and_the_next_one_makes_the_home_whole(tmp_path):
+    """Killed while version 0 is made: not taken for a home that works, and nothing has to be removed."""
+    small = {"embed_dim": 32, "vision_cfg": NATIVE, "text_cfg": TEXT}
+    model = f"local-dir:{write_model(tmp_path / 'model', small)}"
+    path = tmp_path / "home"
+    begun = subprocess.Popen(
+        [*DYNLORA, "init", str(path), "--model", model],
+        cwd=ROOT, stderr=subprocess.DEVNULL, env=environment(), start_new_session=True,
+    )  # fmt: skip
+    wait_until(lambda: list(path.glob("serving/versions/.*")))
+    kill(begun, group=True)
+    home = Home(path)
+    assert home.store.versions() == []
+
+    looked, ran = home.dynlora("status"), home.dynlora("run", "--once")
+    again = home.dynlora("init", path, "--model", model)
+
+    assert "holds no version yet. Run `dynlora init` first." in looked.stdout
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "holds no version yet. Run `dynlora init` first." in ran.stderr
+    assert again.returncode == 0, again.stderr
+    assert home.dynlora("verify").returncode == 0
+    assert [entry.name for entry in home.store.versions_dir.iterdir()] == ["0"]
+    assert not list(path.rglob(".tmp-*"))
+    assert home.finish()["outcomes"] == []
 
 
 @pytest.fixture(scope="module")
