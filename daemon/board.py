@@ -125,7 +125,7 @@ def _work(found: Mapping[str, Any], losses: Sequence[float]) -> RenderableType:
 
 def _queue(found: Mapping[str, Any], now: float) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
-    for state, content in found["batches"].items():
+    for state, content in by_state(found).items():
         names = content if isinstance(content, list) else []
         count = len(names) if isinstance(content, list) else content
         style = {"failed": "red", "held": "yellow"}.get(state, "") if count else "dim"
@@ -140,6 +140,13 @@ def _queue(found: Mapping[str, Any], now: float) -> RenderableType:
     return Panel(grid, title="batches", title_align="left")
 
 
+def by_state(found: Mapping[str, Any]) -> dict[str, list[str] | int]:
+    """Batches by state, or how many; those in failed/ that nothing is left to do about count as discarded."""
+    batches, done_with = dict(found["batches"]), found.get("discarded") or []
+    batches["failed"] = [name for name in batches["failed"] if name not in done_with]
+    return batches | ({"discarded": len(done_with)} if done_with else {})
+
+
 def _sentences(found: Mapping[str, Any]) -> list[Text]:
     trouble = [Text(found["trouble"], "red")] if found["trouble"] else []
     untold = [Text(f"mlflow: {found['mlflow']}", "yellow")] if found.get("mlflow") else []
@@ -151,15 +158,16 @@ def _decisions(decisions: Sequence[Mapping[str, Any]]) -> RenderableType:
     for column in range(4):
         table.add_column(no_wrap=column < 3, ratio=1 if column == 3 else None, overflow="ellipsis")
     for event in reversed(decisions):
-        moment = datetime.fromisoformat(event["at"]).astimezone(UTC)
-        name = event["event"].replace("_", " ")
-        table.add_row(
-            Text(f"{moment:%m-%d %H:%M}", "dim"),
-            Text(name, _COLOURS.get(event["event"], "")),
-            str(event.get("batch") or (f"version {event['version']}" if "version" in event else "")),
-            _why(event),
-        )
+        moment, name, what, why = cells(event)
+        table.add_row(Text(moment, "dim"), Text(name, _COLOURS.get(event["event"], "")), what, why)
     return Panel(table, title="last decisions (UTC)", title_align="left")
+
+
+def cells(event: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """A decision in words: when, what it was, of which batch or version, and why or with which result."""
+    moment = datetime.fromisoformat(event["at"]).astimezone(UTC)
+    what = str(event.get("batch") or (f"version {event['version']}" if "version" in event else ""))
+    return f"{moment:%m-%d %H:%M}", event["event"].replace("_", " "), what, _why(event)
 
 
 def _why(event: Mapping[str, Any]) -> str:

@@ -120,8 +120,9 @@ def forget(options: Options, batch: str, *, why: str) -> None:
 def retry(options: Options, batch: str, *, why: str) -> None:
     """Put a failed or held batch back into the queue, with its attempts cleared."""
     found = _order(options, command="retry", batch=batch, why=why)
-    where = "is queued again" if found["state"] == "queued" else "is taken in again"
-    options.show(found, lambda: click.echo(f"{batch} {where}; what was learnt of it before is gone"))
+    is_queued = found["state"] == "queued"
+    where = "is queued again; what was learnt of it before is gone" if is_queued else "is taken in again"
+    options.show(found, lambda: click.echo(f"{batch} {where}"))
 
 
 @click.command()

@@ -12,6 +12,7 @@ from daemon.output import Options, common_options, pass_options, percent, table
 from daemon.report import exam_rows
 from deploy.manifest import Manifest
 
+MOST_DECISIONS = 5  # that `status` tells
 MOST_NAMED = 20  # batches of one state, before it is enough to say how many more there are
 
 
@@ -162,6 +163,8 @@ def _watch(options: Options) -> None:
 
 
 def _say_status(found: Mapping[str, Any]) -> None:
+    from daemon.board import age, by_state, cells
+
     daemon = f"running (pid {found['daemon']}), {found['state']}" if found["daemon"] else "not running"
     click.echo(f"daemon    {daemon}")
     click.echo(f"live      {found.get('live_error') or 'version ' + str(found['live'])}")
@@ -182,16 +185,18 @@ def _say_status(found: Mapping[str, Any]) -> None:
     if found["taking_in"]:
         drop = found["taking_in"]
         click.echo(f"taking in {drop['batch']}: {drop['phase']}{_steps(drop)}")
-    for state, content in found["batches"].items():
+    for state, content in by_state(found).items():
         names = _some(content) if isinstance(content, list) else str(content)
         if names and names != "0":
             click.echo(f"{state:<9} {names}")
     if found["oldest_at"] is not None:
-        from daemon.board import age
-
         click.echo(f"oldest    has waited for {age(time.time() - found['oldest_at'])} to be learnt")
     for sentence in found["inbox"]:
         click.echo(f"inbox     {sentence}")
+    for event in found["decisions"][: -MOST_DECISIONS - 1 : -1]:
+        moment, name, what, why = cells(event)
+        said = " ".join(filter(None, (moment, name, what)))
+        click.echo(f"last      {said}{': ' if why else ''}{why}")
 
 
 def _some(names: list[str]) -> str:

@@ -57,7 +57,10 @@ def discard(publisher: Publisher, batch_id: str, *, who: str, why: str) -> dict[
     state = _settled(publisher, batch_id, "discard", ("failed", "held", "queued"))
     inbox = publisher.config.inbox_dir(publisher.home)
     if not (spool.path(batch_id) / BATCH_FILE).exists():
-        return forget_drop(publisher.home, inbox, batch_id, who=who, why=why)
+        found = forget_drop(publisher.home, inbox, batch_id, who=who, why=why)
+        if (by := spool.reason(batch_id).forgotten) is not None:
+            spool.fail(discarded(batch_id, by))
+        return found
     if state in ("held", "queued"):
         publisher.discard_learning(batch_id)
     found = forget(publisher.home, inbox, batch_id, who=who, why=why)

@@ -13,7 +13,7 @@ Every operation is durable when it returns. Knows nothing of learning, versions 
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -153,6 +153,15 @@ class Spool:
             return Reason.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise BatchError(f"{path} cannot be read: {error}") from error
+
+    def discarded(self) -> list[str]:
+        """The failed batches whose images an operator removed: nothing is left to do about them."""
+        found = []
+        for batch in self.ids("failed"):
+            with suppress(BatchError):  # it left just now, or has no reason that can be read
+                if self.reason(batch).forgotten is not None:
+                    found.append(batch)
+        return found
 
     def batches(self, *states: State) -> Iterator[Batch]:
         """The readable records in these states (default: all), in working order within a state."""

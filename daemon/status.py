@@ -28,7 +28,7 @@ LAST_DECISIONS = 8
 DECISIONS = frozenset(
     (
         *("published", "held", "failed", "duplicate", "promoted", "reverted", "revert_refused"),
-        *("rolled_back", "unpinned", "paused", "resumed"),
+        *("rolled_back", "unpinned", "paused", "resumed", "retried", "discarded"),
     )
 )
 MIN_SECONDS = 0.25  # between two writes
@@ -83,6 +83,7 @@ def snapshot(home: Path) -> dict[str, Any]:
     content["batches"] = {
         state: spool.ids(state) for state in ("incoming", "queued", "work", "held", "failed")
     } | {"done": len(spool.ids("done"))}
+    content["discarded"] = spool.discarded()
     told = EventLog(home).tail()
     content["inbox"] = said.get("inbox", []) if pid is not None else _left_lying(told)
     content["trouble"] = said.get("trouble")

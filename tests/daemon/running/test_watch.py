@@ -1,5 +1,6 @@
 """`dynlora status --watch` on a real terminal, beside a real daemon."""
 
+import json
 import os
 import pty
 import re
@@ -60,8 +61,6 @@ def test_watching_without_a_terminal_is_refused(dynlora, home):
 
 def test_status_says_how_long_the_oldest_drop_waits_and_what_was_decided_last(bench, dynlora):
     """In words and as JSON."""
-    import json
-
     bench.drop("cups")
     bench.run()
     bench.store.roll_back(0, who="me", why="")
@@ -72,7 +71,34 @@ def test_status_says_how_long_the_oldest_drop_waits_and_what_was_decided_last(be
     assert re.search(r"^oldest    has waited for \d+ s to be learnt$", out, re.MULTILINE)
     found = json.loads(dynlora("status", "--home", bench.home, "--json")[1])
     assert [entry["event"] for entry in found["decisions"]] == ["published"]
+    assert re.search(
+        r"^last      \d\d-\d\d \d\d:\d\d published 000001-cups: version 1, exam 25", out, re.MULTILINE
+    )
     assert time.time() - 300 < found["oldest_at"] <= time.time()
+
+
+def test_a_failed_batch_stands_in_the_status_with_its_reason_until_it_is_discarded(bench, dynlora):
+    """Both that had a record and one that was never taken in; what became of them stays to be read."""
+    (bench.home / "inbox" / "letter.zip").write_bytes(b"no archive")
+    (bench.home / "inbox" / "cups").mkdir()
+    (bench.home / "inbox" / "cups" / "0.png").write_bytes(b"no image")
+    bench.run()
+    bench.service.stop()
+    first, second = bench.spool.ids("failed")
+    _, out, _ = dynlora("status", "--home", bench.home)
+    assert re.search(rf"^failed    {first}, {second}$", out, re.MULTILINE)
+    assert re.search(rf"^last .* failed {first}: .* (damaged|usable)", out, re.MULTILINE)
+
+    dynlora("discard", first, "--why", "junk", "--home", bench.home)
+    dynlora("discard", second, "--why", "junk", "--home", bench.home)
+
+    _, out, _ = dynlora("status", "--home", bench.home)
+    assert not re.search(r"^failed", out, re.MULTILINE)
+    assert re.search(r"^discarded 2$", out, re.MULTILINE)
+    assert re.search(rf"^last .* discarded {second}: junk$", out, re.MULTILINE)
+    found = json.loads(dynlora("status", "--home", bench.home, "--json")[1])
+    assert found["discarded"] == found["batches"]["failed"] == [first, second]
+    assert [bench.spool.reason(batch).reason.partition(":")[2] for batch in (first, second)] == [" junk"] * 2
 
 
 def test_the_tail_of_the_events_is_their_end_over_a_rotation_too(tmp_path):
