@@ -1,6 +1,7 @@
 """Commands that only look: status, versions, show, classes, verify, check-config."""
 
 import contextlib
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,15 +131,22 @@ def verify(options: Options, version: int | None, *, trust: Path | None) -> None
 @pass_options
 def check_config(options: Options) -> None:
     """Read the configuration and say what is wrong with it."""
+    from daemon.environment import variables
     from daemon.errors import ConfigError
     from daemon.tracking import NOT_INSTALLED, is_installed
 
     path, config = options.config_path(), options.config()
     if config.mlflow.tracking_uri and not is_installed():
-        raise ConfigError(f"{path}: {NOT_INSTALLED}. Without it batches are learnt, and no runs are logged")
-    document = {"file": str(path) if path else None, "config": config.model_dump()}
-    sentence = f"{path} is fine" if path else "no configuration file; the defaults count"
-    options.show(document, lambda: click.echo(sentence))
+        where = path or "the environment"
+        raise ConfigError(f"{where}: {NOT_INSTALLED}. Without it batches are learnt, and no runs are logged")
+    names = [name for name, _ in variables(os.environ, {}).values()]
+    document = {"file": str(path) if path else None, "environment": names, "config": config.model_dump()}
+    options.show(document, lambda: click.echo(_say_sources(path, ", ".join(names))))
+
+
+def _say_sources(path: Path | None, names: str) -> str:
+    said = f"{path} is fine" if path else "no configuration file; the defaults count"
+    return f"{said}; the environment sets {names}" if names else said
 
 
 def _own_exam(manifest: Manifest) -> dict[str, Any]:

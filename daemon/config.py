@@ -1,23 +1,18 @@
-"""The configuration: one small model per section, checked as a whole, complaints in the user's words.
+"""The configuration: one small model per section, checked as a whole.
 
-Built once at the edge and handed down; nothing below reads a file, the environment or a global.
-config.example.toml shows every key; a test keeps the two equal.
+Built once at the edge (daemon/config_sources.py) and handed down; nothing below reads a file, the environment
+or a global. config.example.toml shows every key; a test keeps the two equal.
 """
 
-import difflib
-import os
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from daemon.errors import ConfigError
 from daemon.windows import parse_window
 
-_OWN_FOLDERS = ("spool", "serving", "exams", "requests")
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
@@ -268,113 +263,6 @@ class Config(Section):
     def inbox_dir(self, home: Path) -> Path:
         """Where drops arrive."""
         return Path(self.inbox.path) if self.inbox.path else home / "inbox"
-
-
-def find_config(
-    home: Path, explicit: Path | None = None, *, environ: Mapping[str, str] | None = None
-) -> Path | None:
-    """The file to load: `explicit`, then DYNLORA_CONFIG, then HOME/config.toml, then ./config.toml, or None.
-
-    Raises:
-        ConfigError: a file that was asked for by name is not there.
-    """
-    environ = os.environ if environ is None else environ
-    asked = [("--config", explicit), ("DYNLORA_CONFIG", environ.get("DYNLORA_CONFIG"))]
-    for origin, name in asked:
-        if name:
-            path = Path(name)
-            if not path.is_file():
-                raise ConfigError(
-                    f"{path} (from {origin}) is not a file; give the path of an existing configuration"
-                )
-            return path
-    return next((path for path in (home / "config.toml", Path("config.toml")) if path.is_file()), None)
-
-
-def load_config(explicit: Path | None, home: Path) -> Config:
-    """The configuration of a home, from the file that find_config names.
-
-    Raises:
-        ConfigError: as find_config and read_config, or the inbox is where the daemon keeps its own files.
-    """
-    path = find_config(home, explicit)
-    if path is None:
-        return Config()
-    config = read_config(path)
-    _check_inbox(config, home, path)
-    return config
-
-
-def _check_inbox(config: Config, home: Path, path: Path) -> None:
-    if not config.inbox.path:
-        return
-    inbox, home = config.inbox_dir(home).resolve(), home.resolve()
-    own = next((name for name in _OWN_FOLDERS if inbox.is_relative_to(home / name)), None)
-    if own is None and not home.is_relative_to(inbox):
-        return
-    where = f"in {own}/ of the home {home}" if own else f"the home {home} itself or a folder around it"
-    raise ConfigError(
-        f"{path}: inbox.path is {config.inbox.path!r}, which is {where}: the daemon would take its own files "
-        f"for drops; expected a folder that holds nothing but drops"
-    )
-
-
-def read_config(path: Path) -> Config:
-    """Read and check one file.
-
-    Raises:
-        ConfigError: one line per problem, each naming file, key, value, what was expected, and for an unknown
-            key the nearest valid one.
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; give a readable file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}; config.example.toml shows the form") from error
-    try:
-        config = Config.model_validate(table)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(problem)}" for problem in error.errors())) from error
-    return _with_inbox(config, path)
-
-
-def _with_inbox(config: Config, path: Path) -> Config:
-    if not config.inbox.path:
-        return config
-    inbox = (path.parent / Path(config.inbox.path).expanduser()).resolve()
-    if not inbox.is_dir():
-        raise ConfigError(
-            f"{path}: inbox.path is {config.inbox.path!r}, but {inbox} is not a folder; "
-            f"create it or correct the path"
-        )
-    return config.model_copy(update={"inbox": config.inbox.model_copy(update={"path": str(inbox)})})
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    value = problem["input"]
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggestion(key, is_section=isinstance(value, dict))}"
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-        return f"{key}: {message}" if isinstance(value, dict) else f"{key} is {value!r}; {message}"
-    if problem["type"] == "model_type":
-        return f"{key} is {value!r}; expected a section, written as [{key}]"
-    return f"{key} is {value!r}; {problem['msg'].replace('Input should be', 'expected')}"
-
-
-def _suggestion(key: str, *, is_section: bool) -> str:
-    sections = [f"[{name}]" for name in Config.model_fields]
-    keys = [name for name, _ in valid_keys()]
-    if is_section:
-        near = difflib.get_close_matches(f"[{key}]", sections, n=1, cutoff=0.5)
-    else:
-        same_name = [name for name in keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        near = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; the sections are {', '.join(sections)}; config.example.toml lists every key"
 
 
 def valid_keys() -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from daemon.child import Outlet, StopFlag, alone, die_with_parent
-from daemon.config import load_config
+from daemon.config_sources import load_config
 from daemon.errors import ConfigError, NoSpaceError, Stopped
 from daemon.ledger import Ledger
 from daemon.reception import Knowledge

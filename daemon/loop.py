@@ -13,7 +13,8 @@ from types import FrameType
 from typing import Any
 
 from daemon import logs
-from daemon.config import Config, load_config
+from daemon.config import Config
+from daemon.config_sources import load_config
 from daemon.errors import ConfigError, DaemonError
 from daemon.lifecycle import Launch
 from daemon.lock import HomeLock

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from daemon.config import Config, find_config, load_config
+from daemon.config import Config
+from daemon.config_sources import find_config, load_config
 from daemon.home import check_home
 from deploy.store import VersionStore
 

@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
             return EXIT_DONE
         else:
             from daemon.adaptation import adapt_batch
-            from daemon.config import load_config
+            from daemon.config_sources import load_config
 
             config = load_config(options.config, options.home)
             adapt_batch(options.home, options.batch, options.parent, config, outlet=outlet, stop=stop)
@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
 
 
 def _revise(options: argparse.Namespace, outlet: Outlet) -> None:
-    from daemon.config import load_config
+    from daemon.config_sources import load_config
     from daemon.revising import revise
 
     config = load_config(options.config, options.home)
@@ -140,7 +140,7 @@ def _revise(options: argparse.Namespace, outlet: Outlet) -> None:
 
 def _analyze(options: argparse.Namespace, outlet: Outlet) -> None:
     from daemon.analysing import Wanted, analyze_batch
-    from daemon.config import load_config
+    from daemon.config_sources import load_config
 
     ranks = [int(rank) for rank in options.ranks.split(",")]
     wanted = Wanted(options.source, options.probe, ranks, options.steps, options.out)

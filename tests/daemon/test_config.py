@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.config import Config, find_config, load_config, read_config
+from daemon.config import Config, valid_keys
+from daemon.config_sources import find_config, load_config, read_config
+from daemon.environment import variable_of, variables
 from daemon.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
@@ -151,3 +153,51 @@ def test_the_first_place_that_has_a_file_wins(tmp_path: Path, monkeypatch: pytes
     files[3].unlink()
     assert find_config(home, None, environ={}) is None
     assert load_config(None, home) == Config()
+
+
+def test_a_variable_of_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    """Numbers and lists as in TOML, text as it is; what the environment says nothing of stays."""
+    (tmp_path / "config.toml").write_text("[learning]\nsteps = 8\nrank = 4\n")
+    environ = {
+        "DYNLORA_LEARNING_STEPS": "40",
+        "DYNLORA_EXAM_MIN_GAIN": "0.5",
+        "DYNLORA_EXAM_KEEP": "false",
+        "DYNLORA_SCHEDULE_WINDOWS": '["mon-fri 22:00-06:00"]',
+        "DYNLORA_MLFLOW_EXPERIMENT": "2026",
+        "DYNLORA_HOME": "/srv/d",
+        "DYNLORA_EVENT": "published",
+        "OTHER_LEARNING_RANK": "2",
+    }
+    config = load_config(None, tmp_path, environ=environ)
+
+    assert (config.learning.steps, config.learning.rank) == (40, 4)
+    assert (config.exam.min_gain, config.exam.keep) == (0.5, False)
+    assert config.schedule.windows == ["mon-fri 22:00-06:00"]
+    assert config.mlflow.experiment == "2026"
+    assert load_config(None, tmp_path / "nowhere", environ=environ).learning.steps == 40
+
+
+def test_every_key_has_a_variable_of_its_own() -> None:
+    """No two keys share one, and none is what names home, file or event."""
+    names = [variable_of(key) for key, _ in valid_keys()]
+
+    assert len(names) == len(set(names))
+    assert not {"DYNLORA_HOME", "DYNLORA_CONFIG", "DYNLORA_EVENT", "DYNLORA_BATCH"} & set(names)
+    environ = dict.fromkeys(names, "")
+    assert {name for name, _ in variables(environ, dict(valid_keys())).values()} == set(names)
+
+
+def test_a_mistake_is_told_of_whoever_made_it(tmp_path: Path) -> None:
+    """The file for what it says, the variable for what that says, both where they do not fit together."""
+    path = tmp_path / "config.toml"
+    path.write_text("[learning]\nrank = 2.5\n[exam]\nfraction = 0.6\n")
+    environ = {"DYNLORA_LEARNING_STEPS": "many", "DYNLORA_EXAM_TUNE_FRACTION": "0.5"}
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, tmp_path, environ=environ)
+
+    rank, steps, both = str(refused.value).splitlines()
+    assert rank == f"{path}: learning.rank is 2.5; expected a valid integer"
+    assert steps == "DYNLORA_LEARNING_STEPS: learning.steps is 'many'; expected a valid integer"
+    assert both.startswith(
+        f"{path} and DYNLORA_EXAM_TUNE_FRACTION: exam: fraction 0.6 and tune_fraction 0.5 "
+    )

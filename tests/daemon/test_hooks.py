@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.config import HooksConfig, read_config
+from daemon.config import HooksConfig
+from daemon.config_sources import read_config
 from daemon.errors import ConfigError
 from daemon.hooks import HookError, Hooks
 

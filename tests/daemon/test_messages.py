@@ -10,7 +10,7 @@ import pytest
 
 from daemon import cli
 from daemon.batch import Batch
-from daemon.config import load_config
+from daemon.config_sources import load_config
 from daemon.errors import ConfigError
 from daemon.home import create_home
 from tests.daemon.bad_drops import DROPS, LIMITS
@@ -79,6 +79,20 @@ def test_a_bad_configuration_is_answered_in_the_listed_words(tmp_path: Path, lin
 
     assert str(refused.value).startswith(str(tmp_path / "config.toml"))
     assert is_said(TABLES["in config.toml"][line], str(refused.value)), str(refused.value)
+
+
+@pytest.mark.parametrize("setting", TABLES["in the environment"])
+def test_a_bad_variable_is_answered_in_the_listed_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """Variable, key, value, what was expected."""
+    name, _, value = setting.partition("=")
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, tmp_path)
+
+    assert is_said(TABLES["in the environment"][setting], str(refused.value)), str(refused.value)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ DAEMON = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
 from PIL import Image
-from daemon.config import load_config
+from daemon.config_sources import load_config
 from daemon.reception import Reception
 from daemon.spool import Spool
 from daemon.watcher import Watcher

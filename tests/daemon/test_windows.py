@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.config import read_config
+from daemon.config_sources import read_config
 from daemon.errors import ConfigError
 from daemon.windows import DAYS, is_open, next_opening, parse_window
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from daemon.config import load_config
+from daemon.config_sources import load_config
 from daemon.lifecycle import Launch
 from daemon.progress import LineView
 from daemon.service import Service

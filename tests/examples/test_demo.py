@@ -5,7 +5,7 @@ from pathlib import Path
 import demo
 import pytest
 
-from daemon.config import read_config
+from daemon.config_sources import read_config
 from daemon.lock import HomeLock
 
 

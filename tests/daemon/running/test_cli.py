@@ -74,6 +74,22 @@ def test_usage_and_configuration_errors_exit_with_2(dynlora, arguments, sentence
     assert sentence in json.loads(out)["error"]
 
 
+def test_check_config_names_what_the_environment_says(dynlora, home, monkeypatch):
+    """An operator who wonders why a key of the file does not count finds the variable."""
+    (home / "config.toml").write_text("[learning]\nsteps = 8\n")
+    monkeypatch.setenv("DYNLORA_LEARNING_STEPS", "40")
+
+    code, out, _ = dynlora("check-config", "--home", home)
+    sets = "the environment sets DYNLORA_LEARNING_STEPS\n"
+    assert (code, out) == (0, f"{home / 'config.toml'} is fine; {sets}")
+    found = json.loads(dynlora("check-config", "--home", home, "--json")[1])
+    assert found["environment"] == ["DYNLORA_LEARNING_STEPS"]
+    assert found["config"]["learning"]["steps"] == 40
+    (home / "config.toml").unlink()
+    _, out, _ = dynlora("check-config", "--home", home)
+    assert out == f"no configuration file; the defaults count; {sets}"
+
+
 def test_a_wrong_key_in_the_configuration_is_named_with_its_nearest_neighbour(dynlora, home):
     """Every command that reads the configuration ends the same way."""
     (home / "config.toml").write_text("[inbox]\nsetle_seconds = 3\n")

@@ -8,7 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from daemon import tracking
-from daemon.config import ConfigError, MetricsConfig, MlflowConfig, read_config
+from daemon.config import MetricsConfig, MlflowConfig
+from daemon.config_sources import read_config
+from daemon.errors import ConfigError
 from daemon.run_notes import noted
 from tests.daemon.running.conftest import QUICK, Bench
 

@@ -12,7 +12,8 @@ from contextlib import closing
 
 import pytest
 
-from daemon.config import MlflowConfig, read_config
+from daemon.config import MlflowConfig
+from daemon.config_sources import read_config
 from daemon.errors import ConfigError
 from daemon.run_notes import Note, noted, write_note
 from daemon.run_record import gather_run
