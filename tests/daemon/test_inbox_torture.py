@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
@@ -27,6 +28,31 @@ def test_rsync_is_taken_once_and_whole(bench, tmp_path: Path) -> None:
     assert bench.names_and_counts(bench.spool.load("000001-cup")) == {"cup": 6}
     assert [b for state in ("queued", "failed") for b in bench.spool.ids(state)] == ["000001-cup"]
     assert messages == ["000002-cup brings the same as 000001-cup did and is not learnt again"]
+
+
+def test_scp_over_a_slow_line_is_taken_once_and_whole(make_bench, tmp_path: Path) -> None:
+    """It writes in place under the final names, piece by piece, and sets old times at the end."""
+    if shutil.which("scp") is None:
+        pytest.skip("there is no scp program here")
+    bench = make_bench(tmp_path, settle_seconds=1.0, gather_seconds=1.0)
+    source = tmp_path / "source" / "cup"
+    for number in range(6):
+        bench.paint(source / f"{number}.png", size=(120, 90))
+    shell = tmp_path / "ssh"  # in the place of ssh: the other end of the line is this machine
+    shell.write_text('#!/bin/sh\nfor command; do :; done\nexec sh -c "$command"\n')
+    shell.chmod(0o755)
+    copy = ["scp", "-O", "-r", "-p", "-l", "700", "-S", shell, source, f"there:{bench.inbox}/"]
+    with subprocess.Popen(copy) as writer:
+        deadline = time.monotonic() + 60
+        while not bench.spool.ids("queued"):
+            assert time.monotonic() < deadline
+            bench.intake.step(time.monotonic())
+            time.sleep(0.05)
+        assert writer.poll() == 0, "it was taken before it was there"
+
+    assert bench.names_and_counts(bench.only("queued")) == {"cup": 6}
+    assert bench.only("queued").set_aside == []
+    assert bench.spool.ids("failed") == []
 
 
 def test_an_archive_unpacked_in_place_is_taken_when_it_is_complete(bench, tmp_path: Path) -> None:
