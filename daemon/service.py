@@ -4,6 +4,7 @@ outside.
 Knows the order of things; each of them lives in a module of its own.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from daemon.forget import finish_forgetting
 from daemon.lane import Lane
 from daemon.lifecycle import Launch, Lifecycle
 from daemon.observers import Observers
-from daemon.part import Part
+from daemon.part import TROUBLE_SECONDS, Part
 from daemon.progress import View
 from daemon.publish import Publisher
 from daemon.reception import Reception
@@ -64,7 +65,10 @@ class Service:
         self._resting = Resting(home, self._store)
         self._requests, self._inbox, self._cleaning = (Part(self._explain) for _ in range(3))
         self._learning, self._spreading = Part(self._explain, self._about_learning), Part(self._explain)
-        self._parts = (self._learning, self._inbox, self._requests, self._cleaning, self._spreading)
+        self._showing = Part(self._explain, at_most_seconds=TROUBLE_SECONDS)
+        self._parts = (
+            *(self._learning, self._inbox, self._requests, self._cleaning, self._spreading, self._showing),
+        )
         self._answers: dict[str, Answer] = {}  # of requests that were executed on a disk too full to say so
         self._is_recovered = False
         self._sweep_at = 0.0
@@ -113,13 +117,13 @@ class Service:
         self._requests.attempt(self._execute_pending, now)
         if not self._is_recovered:
             self._learning.attempt(self._recover, now)
-            self._show(now)
+            self._showing.attempt(lambda: self._show(now), now)
             return self._is_recovered
         has_drops = self._inbox.attempt(lambda: self.reception.tick(now if steady is None else steady), now)
         is_busy = self._learning.attempt(lambda: self._learn(now), now) or has_drops
         self._cleaning.attempt(lambda: self._sweep(now), now)
         self._spreading.attempt(self._sharing.tick, now)
-        self._show(now)
+        self._showing.attempt(lambda: self._show(now), now)
         return is_busy
 
     def _execute_pending(self) -> None:
@@ -152,13 +156,19 @@ class Service:
         """A sentence for people; the system's own about a full disk names no file and nothing to do."""
         if not isinstance(error, OSError):
             return str(error)
-        what, waiting = describe(error, self._home), ", ".join(self._spool.ids("work"))
-        if not waiting or not is_full_disk(error):
+        what, waiting = describe(error, self._home), self._at_work()
+        if waiting is None or not is_full_disk(error):
             return what
         return f"{what}; meanwhile {waiting} waits in {self._spool.state_dir('work')}"
 
     def _about_learning(self) -> dict[str, Any]:
-        return {"batch": next(iter(self._spool.ids("work")), None)}
+        return {"batch": self._at_work()}
+
+    def _at_work(self) -> str | None:
+        """The batch in work/; None where there is none, or where that cannot be read just now."""
+        with contextlib.suppress(OSError):
+            return next(iter(self._spool.ids("work")), None)
+        return None
 
     @property
     def trouble(self) -> str | None:
@@ -191,7 +201,11 @@ class Service:
     def summary(self) -> str:
         """What is going on, in a line for `systemctl status`."""
         live = f"serving version {self._live}" if self._live is not None else "no version is live"
-        return "; ".join(filter(None, (self._doing(), self._taking_in(), live)))
+        try:
+            doing = self._doing()
+        except OSError as error:
+            doing = f"waiting: {self._explain(error)}"
+        return "; ".join(filter(None, (doing, self._taking_in(), live)))
 
     def _taking_in(self) -> str | None:
         drop = self.reception.taking_in

@@ -143,10 +143,12 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def describe(error: OSError, where: object = "no file named") -> str:
-    """What the operating system refused, in a sentence; of a full disk it says no more than that it is full.
+    """What the operating system refused, in a sentence; where that has a remedy, with what to do.
 
     Args:
         where: named instead where the error names no file.
     """
     what = f"{error.strerror or error}: {error.filename or where}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many files are open ({what}); allow the daemon more (LimitNOFILE=, ulimit -n)"
     return f"the disk is full ({what}); free some space" if is_full_disk(error) else what
