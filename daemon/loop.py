@@ -77,7 +77,7 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
 
     notifier = Notifier()
     notifier.starting(START_SECONDS)
-    # A long command may be at work alone; a service manager gives up after a few failed starts, so we wait.
+    # A long command may be at work alone; a service manager would tell of failed starts, so we wait.
     patience_seconds = START_SECONDS if notifier.is_heard else LOCK_SECONDS
     with HomeLock(home, patience_seconds=patience_seconds), capturing() as signals:
         wake = threading.Event()

@@ -193,6 +193,15 @@ def test_the_server_sees_what_was_published_and_nothing_that_was_dropped():
     assert "LoadCredential" not in unit
 
 
+def test_a_service_that_cannot_start_yet_is_tried_for_ever(written):
+    """A disk that is read-only or missing for an hour must not end in a unit that systemd has given up."""
+    for unit in (UNIT, SERVE_UNIT):
+        lines = (written / unit).read_text().splitlines()
+        assert "StartLimitIntervalSec=0" in lines
+        assert "Restart=on-failure" in lines
+        assert not [line for line in lines if line.startswith("StartLimitBurst")]
+
+
 def test_every_place_in_the_files_is_filled():
     """For system and user, wherever the home is."""
     for target in (Target(home=Path("/srv/d")), Target(home=Path("/srv/d"), is_user=True)):
