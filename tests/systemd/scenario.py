@@ -86,6 +86,19 @@ def hang() -> None:
     report(step="watchdog", told="Watchdog timeout" in journal, status=shown("StatusText"))
 
 
+def outlast() -> None:
+    """A home is away for longer than a few starts take; the daemon is there again when it is."""
+    format_file, away = HOME / "format", HOME / "format-is-away"
+    before = int(shown("NRestarts"))
+    format_file.rename(away)
+    os.kill(int(shown("MainPID")), signal.SIGKILL)
+    wait("it failed to start seven times", lambda: int(shown("NRestarts")) >= before + 7)
+    state = shown("ActiveState")
+    away.rename(format_file)
+    wait("it is there again", lambda: shown("ActiveState") == "active")
+    report(step="outlast", meanwhile=state, status=shown("StatusText"))
+
+
 def stop() -> None:
     """The end, in order and in time; then nothing of the unit is left."""
     started = time.monotonic()
@@ -105,5 +118,5 @@ def stop() -> None:
 
 
 if __name__ == "__main__":
-    for part in (start, drop_as_alice, drop_in_private, reload_and_restart, hang, stop):
+    for part in (start, drop_as_alice, drop_in_private, reload_and_restart, hang, outlast, stop):
         part()

@@ -301,6 +301,8 @@ def test_a_whole_life_under_a_real_systemd():
     assert steps["restart"]["interrupted"] == 1
     assert steps["restart"]["seconds"] < 100
     assert steps["watchdog"]["told"]
+    assert steps["outlast"]["meanwhile"] in ("activating", "active"), "systemd has not given up"
+    assert "serving version" in steps["outlast"]["status"]
     assert steps["stop"]["seconds"] < 60
     assert (steps["stop"]["result"], steps["stop"]["published"], steps["stop"]["traceback"]) == (
         "success",
