@@ -93,6 +93,7 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
         service.reception.should_stop = should_stop
         service.start()
         with Watcher(config.inbox_dir(home), service.reception.wake, wake) as watcher:
+            notifier.status(service.summary)  # whoever waits for the start may ask at once
             notifier.ready()
             try:
                 while signals.name is None:

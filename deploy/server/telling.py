@@ -26,8 +26,8 @@ class Teller:
 
     def ready(self, version: int) -> None:
         """The first version answers."""
+        self.serving(version)  # whoever waits for the start may ask at once
         self._notifier.ready()
-        self.serving(version)
 
     def serving(self, version: int) -> None:
         """Another version answers."""

@@ -47,9 +47,9 @@ def events(home, name):
 
 
 def test_a_service_manager_hears_ready_what_goes_on_and_the_end(manager, running, quick_home):
-    """READY after recovery, the batch and its step, the watchdog, STOPPING with the time it may take."""
-    manager.until("READY=1")
+    """READY once it says what it does, the batch and its step, the watchdog, STOPPING and its time."""
     assert manager.until("STATUS=idle") == "STATUS=idle; serving version 0"
+    manager.until("READY=1")
     behave(quick_home, steps=100)
     draw_class(quick_home / "inbox" / "teapot")
     line = manager.until("STATUS=batch 000001-teapot: step")

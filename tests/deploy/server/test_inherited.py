@@ -131,8 +131,9 @@ def test_the_service_manager_hears_what_is_served(
     """Time to load, ready, the version and the next one, alive, stopping with the time that it may take."""
     server = start(serving, listener, "--drain", "0", "--timeout", "7")
     try:
-        hear(manager, "EXTEND_TIMEOUT_USEC=300000000", "STATUS=loading the first version", "READY=1")
+        hear(manager, "EXTEND_TIMEOUT_USEC=300000000", "STATUS=loading the first version")
         assert hear(manager, "STATUS=") == "STATUS=serving version 0"
+        hear(manager, "READY=1")
         hear(manager, "WATCHDOG=1")
         point(serving, 1)
         assert hear(manager, "STATUS=") == "STATUS=serving version 1"
@@ -150,8 +151,9 @@ def test_the_parent_of_several_workers_speaks_for_all(
     """Also of a version that none of them can load."""
     server = start(serving, listener, "--workers", "2")
     try:
-        hear(manager, "READY=1")
+        hear(manager, "STATUS=loading the first version")
         assert hear(manager, "STATUS=") == "STATUS=serving version 0 in 2 workers"
+        hear(manager, "READY=1")
         weights = serving / "versions" / "1" / "weights.safetensors"
         weights.chmod(0o644)
         weights.write_bytes(b"no weights")
