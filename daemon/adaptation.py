@@ -87,7 +87,7 @@ def adapt_batch(
     torch.set_num_threads(plan.threads)
     # The same version twice, for torch to learn from and for ONNX Runtime to ask: both at once.
     with watch.stage("load", is_told=False), ThreadPoolExecutor(1) as beside:
-        opening = beside.submit(LoadedVersion, parent_dir, threads=plan.threads)
+        opening = beside.submit(LoadedVersion, parent_dir, threads=1, runs_at_once=plan.threads)
         config_path, weights_path = parent_dir / OPEN_CLIP_CONFIG_NAME, parent_dir / WEIGHTS_NAME
         clip = load_version(config_path, weights_path, parent_manifest.architecture)
         classes = union_of_classes(load_classes(parent_dir).classes, batch)

@@ -7,8 +7,7 @@ the record is changed to what is left; the others are learnt.
 import errno
 import os
 import stat
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from daemon.compose import too_few
 from deploy import atomic, disk
 
 _MANY = 256  # files
-_FLUSHES_AT_ONCE = 16
 _GONE = "it disappeared after it was checked and before it could be moved; send it again"
 
 
@@ -28,18 +26,11 @@ def flush(directory: Path, told: Callable[[int, int], None] = lambda _, __: None
         told: called now and then with how many files are done, and of how many.
     """
     tree = [(Path(folder), names) for folder, _, names in os.walk(directory, topdown=False)]
-    count, done = sum(len(names) for _, names in tree), 0
-    # A disk takes many flushes at once as fast as one; for a few files threads would only be in the way.
-    with ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
-        for folder, names in tree:
-            files = [folder / name for name in names]
-            for number, _ in enumerate(
-                map(_flush_file, files) if count < _MANY else pool.map(_flush_file, files)
-            ):
-                if (done + number) % _MANY == 0:
-                    told(done + number, count)
-            done += len(files)
-            _flush_folder(folder)
+    files = [folder / name for folder, names in tree for name in names]
+    for done in atomic.flush_each(files, _flush_file):
+        if done % _MANY == 1:
+            told(done, len(files))
+    _flush_folders([folder for folder, _ in tree])
 
 
 def _flush_file(file: Path) -> None:
@@ -64,7 +55,7 @@ def move_images(
     while True:
         record = _leave_out_gone(record, directory, min_images)
         for folder in {Path(image.file).parent for image in record.images}:
-            atomic.make_dir(directory / folder)
+            disk.make_dirs(directory / folder)
         try:
             for number, image in enumerate(record.images):
                 _move_or_copy(directory / image.origin, directory / image.file)
@@ -74,8 +65,7 @@ def move_images(
             if not _gone(record, directory):
                 raise
             continue
-        for name, _, _ in os.walk(directory, topdown=False):
-            _flush_folder(Path(name))
+        _flush_folders([Path(name) for name, _, _ in os.walk(directory, topdown=False)])
         return record
 
 
@@ -138,6 +128,11 @@ def _is_file(path: str) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def _flush_folders(folders: Sequence[Path]) -> None:
+    for _ in atomic.flush_each(folders, _flush_folder):
+        pass
 
 
 def _flush_folder(folder: Path) -> None:

@@ -82,7 +82,7 @@ class Examiner:
         batch: the one whose own exam comes first; None where it is taken out, or has no images any more.
         work_dir: where its images lie.
         classes: the union of known names, in the order of the version to come.
-        threads: of ONNX Runtime.
+        threads: so many images are looked at at once.
         without: batches whose exams do not count.
 
     Attributes:
@@ -130,7 +130,7 @@ class Examiner:
         Raises:
             VerifyError: the version cannot be loaded.
         """
-        with LoadedVersion(version_dir, threads=self.threads) as version:
+        with LoadedVersion(version_dir, threads=1, runs_at_once=self.threads) as version:
             return self.ask(version, classes)
 
     def ask(self, version: LoadedVersion, classes: Sequence[ClassEntry] | None = None) -> Grades:

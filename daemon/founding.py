@@ -168,8 +168,13 @@ def _tokenizer_json(clip: Clip) -> str:
         return adopt_tokenizer_json(
             tokenizer.content, context_length=length, clean=tokenizer.clean, pad_id=tokenizer.pad_id
         )
+    return plain_tokenizer_json(tokenizer)
+
+
+def plain_tokenizer_json(tokenizer: Any) -> str:
+    """tokenizer.json of CLIP's own tokenizer."""
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
-    return build_tokenizer_json(tokenizer.encoder, merges, length)
+    return build_tokenizer_json(tokenizer.encoder, merges, tokenizer.context_length)
 
 
 def _npy(array: NDArray[np.float32]) -> bytes:

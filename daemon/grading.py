@@ -79,7 +79,8 @@ class Grading:
             # Provisional, so that it can be loaded as clients will; publishing writes the final one.
             numbered = draft | {"version": self.store.next_version()}
             save_manifest(staging, Manifest.model_validate(numbered))
-            version = LoadedVersion(staging, threads=self.examiner.threads)  # reads every file again
+            # Reads every file again.
+            version = LoadedVersion(staging, threads=1, runs_at_once=self.examiner.threads)
         with version:
             with self.watch.stage("verify", is_told=False):
                 parity = version.measure_parity(PUBLISH_TOLERANCE)

@@ -33,7 +33,7 @@ from daemon.spool import Spool
 from daemon.survey import is_larger, survey
 from daemon.taking import IntakeEvent, Taker
 
-LARGE_ENTRIES = 100  # files and folders; and bytes: what takes no more than a second or two to read and flush
+LARGE_ENTRIES = 256  # files and folders; and bytes: what takes no more than a second or two to read and flush
 LARGE_BYTES = 16 << 20
 HERE_SECONDS = 5.0  # what takes longer to read than that, small as it is, goes on in a process of its own
 

@@ -167,19 +167,14 @@ def _rebuild(options: argparse.Namespace, outlet: Outlet) -> int:
 
 
 def _stand_by() -> list[str]:
-    """Import what is heavy and wait for an order; returns the arguments in it.
+    """Get ready and wait for an order; returns the arguments in it.
 
     Nothing of a home is read before: what a version or a configuration says may have changed by then.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends us
     # What cannot be imported is told by the worker that needs it.
     with contextlib.suppress(ModuleNotFoundError):
-        import onnx  # noqa: F401 - the checks of a new version use it
-
-        import daemon.adaptation  # noqa: F401
-        from dynlora.clip import vocabulary
-
-        vocabulary()
+        _get_ready()
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):  # the daemon has no work for us any more
         sys.exit(EXIT_STOPPED)
@@ -188,6 +183,20 @@ def _stand_by() -> list[str]:
     os.dup2(log, 2)
     os.close(log)
     return [str(argument) for argument in order["arguments"]]
+
+
+def _get_ready() -> None:
+    """Import what is heavy, and make what most models have in common: CLIP's tokenizer, Pillow's readers."""
+    import onnx  # noqa: F401 - the checks of a new version use it
+
+    import daemon.adaptation  # noqa: F401
+    from daemon.founding import plain_tokenizer_json
+    from deploy.decode import formats
+    from deploy.opening import keep_tokenizer
+    from dynlora.clip import plain_tokenizer, vocabulary
+
+    keep_tokenizer(plain_tokenizer_json(plain_tokenizer(vocabulary().context_length)))
+    formats()
 
 
 def _end(code: int) -> NoReturn:

@@ -35,7 +35,8 @@ class BackgroundThread:
 
 def _lower_priority() -> None:
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        ours = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread, on Linux; as of whoever started it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ours + _NICENESS)
 
 
 def return_memory() -> None:

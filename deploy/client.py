@@ -28,8 +28,9 @@ from deploy.answers import Classification, ClientEvent, Embeddings
 from deploy.background import BackgroundThread, return_memory
 from deploy.errors import ClientError, DeployError
 from deploy.lending import LentVersion
+from deploy.parts import MAX_BATCH
 from deploy.preprocess import ImageSource
-from deploy.runtime import DEFAULT_TOP, MAX_BATCH, LoadedVersion
+from deploy.runtime import DEFAULT_TOP, LoadedVersion
 from deploy.signing import TrustedKeys
 from deploy.stream import Question, StreamAnswer, answer_stream
 from deploy.target import Failure, Target, resolve_current, state_of
@@ -293,10 +294,10 @@ class Client:
         loaded = LoadedVersion(target.directory, threads=self._threads, trust=self._trust, aside=aside)
         try:
             parity = aside(loaded.check_parity)
-            aside(lambda: _warm_up(loaded, before))
             if before is not None:
-                # Under load those runs are long ago: once more, to have the weights in the CPU's caches.
-                loaded.warm_up()
+                aside(lambda: _warm_up(loaded, before))
+            # A picture alone comes last, at full priority: the first request finds the weights in the caches.
+            loaded.warm_up()
         except BaseException:
             loaded.close()
             raise
@@ -346,11 +347,7 @@ class Client:
                     _log.exception("on_event failed; the client goes on")
 
 
-def _warm_up(loaded: LoadedVersion, before: LoadedVersion | None) -> None:
-    """Let a new version do once what the version before it was asked lately."""
-    if before is None:
-        loaded.warm_up()
-        return
-    loaded.warm_up(
-        {1, *before.remembered_batch_sizes()}, before.remembered_labels(), background=before.knows_background
-    )
+def _warm_up(loaded: LoadedVersion, before: LoadedVersion) -> None:
+    """Let a new version do once what the version before it was asked lately, a picture alone apart."""
+    sizes = [size for size in before.remembered_batch_sizes() if size != 1]
+    loaded.warm_up(sizes, before.remembered_labels(), background=before.knows_background)

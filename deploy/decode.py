@@ -68,7 +68,7 @@ def _decode_file(file: BinaryIO, size_bytes: int, max_pixels: int, min_side_pixe
     if size_bytes == 0:
         raise ImageError("the file is empty (0 bytes)")
     try:
-        image = Image.open(file, formats=_formats())
+        image = Image.open(file, formats=formats())
     except UnidentifiedImageError as error:
         raise ImageError("this is not an image, or of a format that is not supported") from error
     except Image.DecompressionBombError as error:
@@ -140,7 +140,8 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
+    """The formats that are read; the first call imports Pillow's readers of them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # plugins of formats that we do not use may complain
         Image.init()

@@ -1,6 +1,7 @@
 """The steps of opening a version's files, each of which tells what is wrong with them."""
 
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _USED_NAMES = (
 )
 
 _tokenizers: WeakValueDictionary[str, Tokenizer] = WeakValueDictionary()
+_kept: list[Tokenizer] = []
 
 
 def hold_shared_lock(manifest_path: Path) -> int | None:
@@ -121,3 +123,11 @@ def open_tokenizer(path: Path, sha256: str) -> Tokenizer:
     if tokenizer is None:
         tokenizer = _tokenizers[sha256] = Tokenizer.load(path)
     return tokenizer
+
+
+def keep_tokenizer(content: str) -> None:
+    """Parse a tokenizer.json ahead of the versions that have it; it stays in memory."""
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    if sha256 not in _tokenizers:
+        _kept.append(Tokenizer(content))
+        _tokenizers[sha256] = _kept[-1]

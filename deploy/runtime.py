@@ -35,6 +35,7 @@ from deploy.manifest import (
     load_manifest,
 )
 from deploy.opening import check_used_files, hold_shared_lock, open_session, open_tokenizer
+from deploy.parts import MAX_BATCH, run_in_parts
 from deploy.preprocess import ImageSource, Preprocessing, decode_image
 from deploy.signing import TrustedKeys
 from deploy.unknown import BACKGROUND, choose_background, rows_beside, unknown_scores
@@ -43,7 +44,6 @@ from deploy.verify import PARITY_TOLERANCE, check_embeddings
 DEFAULT_TEMPLATE = "a photo of a {}."
 DEFAULT_TOP = 5
 
-MAX_BATCH = 32  # rows per run: bounds the memory of one request
 _MAX_REMEMBERED_LABELS = 4096  # at 512 dimensions 8 MB
 
 _MAX_REMEMBERED_SIZES = 4
@@ -72,6 +72,8 @@ class LoadedVersion:
     Args:
         directory: versions/N of a store.
         threads: ONNX Runtime threads per tower; by default the CPUs this process may use.
+        runs_at_once: among how many runs the rows of one call are divided. Many rows are answered sooner by
+            several runs of one thread than by one run of several.
         trust: keys, one of which must have signed the version; None: signatures are not looked at.
         aside: runs the checking of the files, for whoever wants it done in a thread of low priority.
 
@@ -85,12 +87,14 @@ class LoadedVersion:
         directory: Path,
         *,
         threads: int | None = None,
+        runs_at_once: int = 1,
         trust: TrustedKeys | None = None,
         aside: Aside = _at_once,
     ) -> None:
         # Resolved once: ONNX Runtime finds the weights beside the graph, and a path through `current`
         # could lead to another version between two opens.
         self.directory = directory.resolve()
+        self._runs_at_once = runs_at_once
         self._lock_descriptor = hold_shared_lock(self.directory / MANIFEST_NAME)
         try:
             self.manifest: Manifest = (trust.load_manifest if trust else load_manifest)(self.directory)
@@ -361,13 +365,13 @@ class LoadedVersion:
         ).reshape(len(labels), self.manifest.embed_dim)  # fmt: skip
 
     def _run(self, session: Any, output: str, inputs: dict[str, Float32 | Int64]) -> Float32:
-        """Run a tower in parts of at most MAX_BATCH rows."""
         ((name, rows),) = inputs.items()
-        embeddings = np.empty((len(rows), self.manifest.embed_dim), np.float32)
-        for start in range(0, len(rows), MAX_BATCH):
-            part = slice(start, start + MAX_BATCH)
-            embeddings[part] = session.run([output], {name: rows[part]})[0]
-        return embeddings
+
+        def run(part: Float32 | Int64) -> Float32:
+            answer: Float32 = session.run([output], {name: part})[0]
+            return answer
+
+        return run_in_parts(run, rows, self.manifest.embed_dim, at_once=self._runs_at_once)
 
 
 def _expect_list(values: Any, what: str) -> None:

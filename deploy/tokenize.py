@@ -161,7 +161,9 @@ class Tokenizer:
             raise ValueError("it does not set truncation and padding to the context length")
         self.context_length = int(self._tokenizer.truncation["max_length"])
         self.vocabulary_size: int = self._tokenizer.get_vocab_size()
-        own, self._clean = _without_cleaning(json.loads(tokenizer_json))
+        self._clean = None
+        if _may_be_adopted(self._tokenizer):  # else its 2 MB need not be read once more
+            own, self._clean = _without_cleaning(json.loads(tokenizer_json))
         if self._clean is not None:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(own))
         else:
@@ -199,6 +201,14 @@ class Tokenizer:
             else:
                 row[:] = self._tokenizer.encode(self._clean(text)).ids
         return ids
+
+
+def _may_be_adopted(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether the first normalizer is a sequence of its own: that of CLIP's own tokenizer never is."""
+    if tokenizer.normalizer is None:
+        return False
+    steps = json.loads(tokenizer.normalizer.__getstate__()).get("normalizers", [])
+    return bool(steps) and "normalizers" in steps[0]
 
 
 def _without_cleaning(content: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str], str] | None]:

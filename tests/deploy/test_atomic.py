@@ -147,6 +147,36 @@ def test_a_tree_is_flushed_files_before_their_directories(
     assert flushed == [str(tmp_path / "t" / "sub" / "file"), str(tmp_path / "t" / "sub"), str(tmp_path / "t")]
 
 
+def test_many_files_of_a_tree_are_flushed_at_once_and_before_its_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk takes many flushes as fast as one; a failing one among them is raised."""
+    files = [tmp_path / "t" / str(number) for number in range(40)]
+    (tmp_path / "t").mkdir()
+    for file in files:
+        file.write_text("x")
+    flushed: list[str] = []
+    both = threading.Barrier(2, timeout=60)
+
+    def flush(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path in files[:2]:
+            both.wait()  # for each other: one after the other they would never end
+        flushed.append(str(path))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    atomic.fsync_tree(tmp_path / "t")
+    assert sorted(flushed[:-1]) == sorted(map(str, files))
+    assert flushed[-1] == str(tmp_path / "t")
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="input/output error"):
+        atomic.fsync_tree(tmp_path / "t")
+
+
 def test_a_rename_flushes_both_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new place reaches the disk before the old one is forgotten."""
     for name in ("from", "to"):

@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deploy.errors import ExportError, VerifyError
-from deploy.tokenize import BOS, EOT, Tokenizer, build_tokenizer_json
+from deploy.tokenize import BOS, EOT, Tokenizer, adopt_tokenizer_json, build_tokenizer_json
+from tests.e2e.towers import write_tokenizer
 
 CONTEXT_LENGTH = 77
 # First and last code point of scripts from all over the world, and of what is not a script.
@@ -261,6 +262,19 @@ def test_another_vocabulary_is_refused(reference: Any) -> None:
     for encoder in ({**reference.encoder, "<mask>": 49408}, {"a": 0}):
         with pytest.raises(ExportError, match="not CLIP's: expected 49408 tokens"):
             build_tokenizer_json(encoder, merges, CONTEXT_LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("clean", "text"),
+    [("canonicalize", " Red_Shoe! "), ("lower", " RED \n shoe"), ("whitespace", " red \n shoe")],
+)
+def test_an_adopted_tokenizer_is_told_from_clips_own(clean: str, text: str, tmp_path: Path) -> None:
+    """It cleans text as its model was taught, and splits it by itself."""
+    write_tokenizer(tmp_path, 64)
+    content = (tmp_path / "tokenizer.json").read_text()
+    ours = Tokenizer(adopt_tokenizer_json(content, context_length=8, clean=clean, pad_id=1))
+    plain = tokenizers.Tokenizer.from_str(content).encode("red shoe").ids
+    assert ours([text])[0, : len(plain)].tolist() == plain
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "no truncation", "missing"])
