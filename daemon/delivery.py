@@ -54,8 +54,10 @@ def move_images(
     """
     while True:
         record = _leave_out_gone(record, directory, min_images)
-        for folder in {Path(image.file).parent for image in record.images}:
+        folders = {Path(image.file).parent for image in record.images}
+        for folder in folders:
             disk.make_dirs(directory / folder)
+        _flush_folders([*{directory / above for folder in folders for above in folder.parents}])
         try:
             for number, image in enumerate(record.images):
                 _move_or_copy(directory / image.origin, directory / image.file)
@@ -65,6 +67,8 @@ def move_images(
             if not _gone(record, directory):
                 raise
             continue
+        # Where images arrived before where they left: after a power cut no name may be gone from both.
+        _flush_folders([directory / folder for folder in folders])
         _flush_folders([Path(name) for name, _, _ in os.walk(directory, topdown=False)])
         return record
 
