@@ -128,6 +128,17 @@ def test_a_fault_at_any_call_ends_in_the_same_two_versions(
     assert found == []
 
 
+def test_images_are_in_one_of_two_places_whenever_the_power_goes_while_they_are_moved(
+    room: Path, undisturbed: Any
+) -> None:
+    """Where they came from may forget them only after where they went remembers them."""
+    calls, expected = undisturbed
+    targets = [json.loads(line).get("to", "") for line in calls]
+    moved = [n for n, to in enumerate(targets, 1) if "/incoming/" in to and "/images/" in to]
+    last = next(n for n in moved if n + 1 not in moved)  # of the first batch
+    assert violations(room, [expected], range(last + 1, last + 9), fault="power") == []
+
+
 def test_a_worker_killed_while_it_writes_its_result_leaves_nothing_lying(
     room: Path, undisturbed: Any
 ) -> None:
