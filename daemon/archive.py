@@ -41,7 +41,7 @@ _DAMAGE = (
     zlib.error,
     lzma.LZMAError,
     EOFError,
-    RuntimeError,  # an encrypted zip; NotImplementedError, an unknown compression, is one too
+    RuntimeError,  # a compression that this Python lacks, or (NotImplementedError) that zipfile does not know
     ValueError,
 )
 

@@ -25,11 +25,13 @@ def interruptions(batch: Batch) -> int:
     """How many attempts at the end of the list were cut short, one after the other, and got nowhere."""
     count, furthest = 0, 0
     for attempt in batch.attempts:
-        is_cut_short = attempt.outcome in (INTERRUPTED, None)
-        gets_further = is_cut_short and (attempt.step or 0) > furthest
-        # After anything else learning may have started over, so any step is one further.
-        furthest = max(furthest, attempt.step or 0) if is_cut_short else 0
-        count = count + 1 if is_cut_short and not gets_further else 0
+        step = attempt.step or 0
+        if attempt.outcome not in (INTERRUPTED, None):
+            count, furthest = 0, 0  # learning may have started over: any step is one further
+        elif step > furthest:
+            count, furthest = 0, step
+        else:
+            count += 1
     return count
 
 

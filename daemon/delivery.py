@@ -7,7 +7,7 @@ the record is changed to what is left; the others are learnt.
 import errno
 import os
 import stat
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,10 +27,13 @@ def flush(directory: Path, told: Callable[[int, int], None] = lambda _, __: None
     """
     tree = [(Path(folder), names) for folder, _, names in os.walk(directory, topdown=False)]
     files = [folder / name for folder, names in tree for name in names]
-    for done in atomic.flush_each(files, _flush_file):
+
+    def tell(done: int) -> None:
         if done % _MANY == 1:
             told(done, len(files))
-    _flush_folders([folder for folder, _ in tree])
+
+    atomic.flush_each(files, _flush_file, tell)
+    atomic.flush_each([folder for folder, _ in tree], _flush_folder)
 
 
 def _flush_file(file: Path) -> None:
@@ -55,9 +58,11 @@ def move_images(
     while True:
         record = _leave_out_gone(record, directory, min_images)
         folders = {Path(image.file).parent for image in record.images}
-        for folder in folders:
-            disk.make_dirs(directory / folder)
-        _flush_folders([*{directory / above for folder in folders for above in folder.parents}])
+        arrivals = [directory / folder for folder in folders]
+        for arrival in arrivals:
+            disk.make_dirs(arrival)
+        above = {directory / parent for folder in folders for parent in folder.parents}
+        atomic.flush_each([*above], _flush_folder)
         try:
             for number, image in enumerate(record.images):
                 _move_or_copy(directory / image.origin, directory / image.file)
@@ -68,8 +73,9 @@ def move_images(
                 raise
             continue
         # Where images arrived before where they left: after a power cut no name may be gone from both.
-        _flush_folders([directory / folder for folder in folders])
-        _flush_folders([Path(name) for name, _, _ in os.walk(directory, topdown=False)])
+        atomic.flush_each(arrivals, _flush_folder)
+        others = {Path(name) for name, _, _ in os.walk(directory)}.difference(arrivals)
+        atomic.flush_each([*others], _flush_folder)
         return record
 
 
@@ -132,11 +138,6 @@ def _is_file(path: str) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def _flush_folders(folders: Sequence[Path]) -> None:
-    for _ in atomic.flush_each(folders, _flush_folder):
-        pass
 
 
 def _flush_folder(folder: Path) -> None:

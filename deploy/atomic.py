@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,30 +125,34 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
-def flush_each(paths: Sequence[Path], flush: Callable[[Path], None]) -> Iterator[int]:
-    """Flush all of these, many at once where there are more than a few; yields how many are done.
+def flush_each(
+    paths: Sequence[Path], flush: Callable[[Path], None], told: Callable[[int], None] = lambda _: None
+) -> None:
+    """Flush all of these, in no order, many at once where there are more than a few.
 
     Args:
         flush: does it for one of them; called from several threads.
+        told: called after each with how many are done.
+
+    Raises:
+        OSError: one could not be flushed; others may have been.
     """
     if len(paths) <= _FEW:
         for done, path in enumerate(paths, 1):
             flush(path)
-            yield done
+            told(done)
         return
     with ThreadPoolExecutor(_FLUSHES_AT_ONCE, thread_name_prefix="flush") as pool:
         for done, _ in enumerate(pool.map(flush, paths), 1):
-            yield done
+            told(done)
 
 
 def fsync_tree(path: Path) -> None:
     """Flush every file below ``path``, then its directories. Links are left alone."""
     tree = [(Path(directory), names) for directory, _, names in os.walk(path, topdown=False)]
     files = [directory / name for directory, names in tree for name in names]
-    for _ in flush_each([file for file in files if not file.is_symlink() and file.is_file()], fsync_file):
-        pass
-    for _ in flush_each([directory for directory, _ in tree], fsync_dir):
-        pass
+    flush_each([file for file in files if not file.is_symlink() and file.is_file()], fsync_file)
+    flush_each([directory for directory, _ in tree], fsync_dir)
 
 
 def rename(source: Path, target: Path) -> None:
