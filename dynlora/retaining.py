@@ -9,8 +9,8 @@ which all names share. No image of the past is needed or kept.
     hold    known names, everyday ones and a vocabulary stay where the previous model had them, known most
     shrink  a small update rather than a large one
 
-The aim is a mean over images: one class alone would pull as much as ten together. So a batch of few classes
-holds and shrinks more, and many small batches move the model about as much as one large one.
+What own images ask for is a mean over them: one class alone would pull as much as ten together. So a batch of
+few classes guards, holds and shrinks more: many small batches move the model about as much as one large one.
 
 "Learning to Name Classes for Vision and Language Models" (arXiv 2304.01830) learns token embeddings of
 classes; here they are updates of the model's own rows, merged and ranked as every other matrix is.
@@ -63,6 +63,7 @@ class RetainingObjective:
         self.task, self.settings, self.seed = task, settings, seed
         self.encoders = Encoders.by(settings, clip.model)
         self.own, self.known = len(task.classes), len(task.known)
+        self.care = max(1.0, settings.few_classes / self.own)
         everyday, words = _free(task, prompts.generic_names()), _free(task, prompts.held_words())
         names = [*task.classes, *task.known, *everyday, *words]
         self.asked = torch.arange(len(names) - len(words))  # the vocabulary is only held
@@ -106,13 +107,13 @@ class RetainingObjective:
         s, generator = self.settings, generator_for(self.seed, -2 - step)
         held = self._choose_held(generator)
         texts = self.encoders.texts(self.prompts.rows(torch.cat([torch.arange(self.own), held])))
-        care = max(1.0, s.few_classes / self.own)
         loss = s.aim * self.aim.loss(texts[: self.own], generator)
         if len(held):
             weight = self._weight(held)
             moved = _moved(texts[self.own :], self.before[held])
-            loss = loss + care * s.hold * (weight * moved).sum() / weight.sum()
-        return loss + care * s.shrink * torch.stack([site.lora.squared_norm() for site in self.sites]).sum()
+            loss = loss + self.care * s.hold * (weight * moved).sum() / weight.sum()
+        norms = [site.lora.squared_norm() for site in self.sites]
+        return loss + self.care * s.shrink * torch.stack(norms).sum()
 
     def choose_scale(self, sites: list[Site]) -> float:
         """The share of the update that tells the tuning images apart best; all of it without any.
@@ -191,10 +192,14 @@ class RetainingObjective:
             self.before[self.asked[self.own :]],
             general,
             self.scale,
-            guard=s.guard,
+            guard=self._guard(),
             keep=s.keep,
             margin=s.margin,
         )
+
+    def _guard(self) -> float:
+        """More for few classes, unless the draws are like the batch's own images: those are to be learnt."""
+        return self.settings.guard * (self.care if self.task.moments else 1.0)
 
     def _moments_in_general(self, images: Tensor, generator: torch.Generator) -> ImageMoments | MixedMoments:
         """What the model was made with, or else the batch has; and what earlier batches showed."""
