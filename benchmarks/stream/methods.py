@@ -154,11 +154,12 @@ def published() -> LowRank:
     return LowRank("paper", grid, lambda params: replace(base, **params))
 
 
-def default(*, blind: bool = False) -> LowRank:
+def default(*, blind: bool = False, bfloat16: bool = False) -> LowRank:
     """The default preset, its learning rates times a factor.
 
     Args:
         blind: without the model's image moments; those of the tasks before are all there is.
+        bfloat16: of the towers' products, at the preset's own pace: nothing but the arithmetic is to differ.
     """
     base = preset("default")
 
@@ -174,6 +175,10 @@ def default(*, blind: bool = False) -> LowRank:
     if blind:
         return LowRank("default-blind", grid, settings)
     moments = ImageMoments.load(BUNDLED_MOMENTS, width=128)
+    if bfloat16:
+        return LowRank(
+            "default-bfloat16", ({"pace": 1.0},), lambda p: replace(settings(p), dtype="bfloat16"), moments
+        )
     return LowRank("default", grid, settings, moments)
 
 
@@ -187,6 +192,7 @@ def method(name: str) -> Method:
         "paper": published,
         "default": default,
         "default-blind": lambda: default(blind=True),
+        "default-bfloat16": lambda: default(bfloat16=True),
         "full": tuning.FullTuning,
         "wise-ft": tuning.WiseFt,
         "lora-4": lambda: plain_lora(4),
@@ -202,6 +208,6 @@ def method(name: str) -> Method:
 
 CHANGING = ("diki", "c-ada")  # the architecture
 METHODS = (
-    *("zero-shot", "lora-16", "paper", "default", "default-blind", "full", "wise-ft"),
+    *("zero-shot", "lora-16", "paper", "default", "default-blind", "default-bfloat16", "full", "wise-ft"),
     *("lora-4", "l2", "lwf", "orthsr", *CHANGING, "joint"),
 )
