@@ -9,18 +9,16 @@ decision to publish is not made here.
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from daemon.batch import Batch, BatchImage, read_batch
+from daemon.batch import Batch, read_batch
 from daemon.child import Outlet, StopFlag
 from daemon.config import Config
 from daemon.curve import CurveWriter, Point
@@ -29,12 +27,13 @@ from daemon.examine import Examiner
 from daemon.founding import software_versions
 from daemon.general import HomeMoments, home_moments, seen_of_moments
 from daemon.grading import Grading, Stopwatch
-from daemon.pixels import load_pixels
+from daemon.live import Live, take_live
 from daemon.plan import Plan, seed_of, settle_plan, stored_plan
 from daemon.report import REPORT_NAME, RESULT_DIR, ExamResult, Report
 from daemon.seen import OWN_NAME
 from daemon.spool import Spool
 from daemon.staging import Candidate, stage_candidate
+from daemon.tasks import Order, load_task, union_of_classes
 from deploy import atomic
 from deploy.cpus import usable_cpus
 from deploy.delta import Delta, Factor, save_delta
@@ -42,71 +41,66 @@ from deploy.errors import VerifyError
 from deploy.lineage import reverted_batches
 from deploy.manifest import (
     DELTA_NAME,
-    OPEN_CLIP_CONFIG_NAME,
-    PREPROCESSOR_NAME,
     WEIGHTS_NAME,
-    ClassEntry,
     Manifest,
     load_classes,
 )
 from deploy.memory import free_memory_bytes, resident_bytes
-from deploy.preprocess import Preprocessing
-from deploy.runtime import LoadedVersion
 from deploy.store import VersionStore
 from dynlora import settings as presets
-from dynlora.clip import Clip, load_version
+from dynlora.clip import Clip
 from dynlora.encoders import fastest_dtype
 from dynlora.errors import CheckpointError, ModelError
 from dynlora.learner import Adaptation, Hooks, Progress, adapt
 from dynlora.memory import bound
-from dynlora.task import Name, Task
+from dynlora.task import Task
 
 _SHARE_OF_MEMORY = 0.8  # of what is free: others grow, too
 
 
-def adapt_batch(
-    home: Path, batch_id: str, parent: int, config: Config, *, outlet: Outlet, stop: StopFlag
-) -> None:
-    """Learn the batch in spool/work on top of version `parent`; leave the report and the staged version.
+def adapt_batch(order: Order, *, outlet: Outlet, stop: StopFlag, ahead: Live | None = None) -> None:
+    """Learn a batch; leave the report and the staged version.
+
+    Args:
+        ahead: a version that was opened before there was an order; it need not be the right one.
 
     Raises:
         Interrupted: SIGTERM came; the checkpoint resumes.
         BatchError, DeployError, DynloraError: the batch or the parent version cannot be used.
         WorkerError: the checkpoint or what was staged is damaged; the next attempt makes it again.
     """
-    watch = Stopwatch(outlet)
-    work_dir = Spool(home).state_dir("work") / batch_id
+    watch, home, config = Stopwatch(outlet), order.home, order.config
+    work_dir = Spool(home).state_dir("work") / order.batch_id
     batch = read_batch(work_dir)
     store = VersionStore(home / "serving")
-    parent_dir, parent_manifest = store.path(parent), store.manifest(parent)
+    parent_dir, parent_manifest = store.path(order.parent), store.manifest(order.parent)
     warnings: list[str] = []
     moments = _known_of_images(home, store, parent_manifest, config, warnings)
     wanted = _plan(batch, parent_manifest, config, moments.sha256)
     stored = _readable(stored_plan(work_dir, wanted))
     plan = stored or wanted
     torch.set_num_threads(plan.threads)
-    # The same version twice, for torch to learn from and for ONNX Runtime to ask: both at once.
-    with watch.stage("load", is_told=False), ThreadPoolExecutor(1) as beside:
-        opening = beside.submit(LoadedVersion, parent_dir, threads=1, runs_at_once=plan.threads)
-        config_path, weights_path = parent_dir / OPEN_CLIP_CONFIG_NAME, parent_dir / WEIGHTS_NAME
-        clip = load_version(config_path, weights_path, parent_manifest.architecture)
+    with watch.stage("load", is_told=False):
+        live = take_live(ahead, parent_dir)
         classes = union_of_classes(load_classes(parent_dir).classes, batch)
-    with watch.stage("score"), opening.result() as live:
         taken_out = frozenset(reverted_batches(store))
         examiner = Examiner(home, batch, work_dir, classes, threads=plan.threads, without=taken_out)
-        before = examiner.ask(live)
-    with watch.stage("decode", is_told=False):
-        preprocessing = Preprocessing.load(parent_dir / PREPROCESSOR_NAME)
-        task = load_task(batch, work_dir, preprocessing, classes)
-        task = replace(task, moments=moments.general, seen=moments.seen)
+    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
+        decoding = beside.submit(load_task, batch, work_dir, live.loaded.preprocessing, classes)
+        checking = beside.submit(live.check_again)
+        with watch.stage("score"):
+            before = live.ask(examiner, runs_at_once=plan.threads)
+        with watch.stage("decode", is_told=False):  # what scoring has left of it
+            task = replace(decoding.result(), moments=moments.general, seen=moments.seen)
+            checking.result()
     with watch.stage("train"):  # with the choice of how: it takes as long as a few steps
         if stored is None:
-            plan = _with_trials(plan, clip, task, config)
+            plan = _with_trials(plan, live.clip, task, config)
         checkpoint = settle_plan(work_dir, plan)
     with watch.stage("train"), _without_damaged(checkpoint), stop.looked_at():
         hooks = _hooks(outlet, stop, checkpoint, config.learning.checkpoint_seconds)
         hooks = _noted_for_mlflow(hooks, work_dir, config)
-        adaptation = adapt(clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
+        adaptation = adapt(live.clip, task, _settings(plan), seed=plan.seed, hooks=hooks)
     with _making_candidate(), watch.stage("fold"):
         _leave_own_moments(adaptation, batch, work_dir)
         result_dir = work_dir / RESULT_DIR
@@ -114,7 +108,7 @@ def adapt_batch(
         delta = to_delta(adaptation)
         record = save_delta(result_dir / DELTA_NAME, delta)
         candidate = Candidate(store, parent_manifest, batch, delta, record, classes)
-        staged = stage_candidate(candidate, result_dir / DELTA_NAME, clip=clip)
+        staged = stage_candidate(candidate, result_dir / DELTA_NAME, live=live)
     grading = Grading(store, parent_manifest, examiner, before, watch)
     with _making_candidate():
         known = {WEIGHTS_NAME: staged.weights}
@@ -159,56 +153,6 @@ def _making_candidate() -> Iterator[None]:
         yield
     except (VerifyError, ModelError) as error:
         raise WorkerError(f"the new version cannot be used: {error}") from error
-
-
-def union_of_classes(known: tuple[ClassEntry, ...], batch: Batch) -> tuple[ClassEntry, ...]:
-    """Every known name in its order, then the batch's new ones. A known class keeps its first spelling."""
-    keys = {entry.key for entry in known}
-    new = [c for c in batch.classes if c.key not in keys]
-    return (
-        *known,
-        *(ClassEntry(name=c.name, key=c.key, template=c.template, batch=batch.id) for c in new),
-    )
-
-
-def load_task(
-    batch: Batch, work_dir: Path, preprocessing: Preprocessing, classes: tuple[ClassEntry, ...]
-) -> Task:
-    """The batch's training and tuning images in memory, each decoded once. Exam images are not opened.
-
-    Raises:
-        BatchError: an image is missing, a link, or not what was taken in; names it.
-    """
-    entries = {entry.key: entry for entry in classes}
-    keys = [c.key for c in batch.classes]
-    own = set(keys)
-
-    pixels, labels = load_images(batch, batch.split("train"), work_dir, preprocessing)
-    tune_pixels, tune_labels = load_images(batch, batch.split("tune"), work_dir, preprocessing)
-    return Task(
-        classes=[Name(entries[key].name, entries[key].template) for key in keys],
-        pixels=pixels,
-        labels=labels,
-        tune_pixels=tune_pixels,
-        tune_labels=tune_labels,
-        known=[Name(entry.name, entry.template) for entry in classes if entry.key not in own],
-    )
-
-
-def load_images(
-    batch: Batch, images: Sequence[BatchImage], base: Path, preprocessing: Preprocessing
-) -> tuple[Tensor, Tensor]:
-    """Pixels (N, 3, H, W) float32 and labels (N,) int64 into the batch's classes; files lie under `base`.
-
-    Raises:
-        BatchError: an image is missing, a link, or not what was taken in; names it.
-    """
-    pixels = np.empty((len(images), 3, *preprocessing.size), np.float32)
-    for row, image in zip(pixels, images, strict=True):
-        row[:] = load_pixels(base / image.file, preprocessing, sha256=image.sha256)
-    rows = {c.key: row for row, c in enumerate(batch.classes)}
-    labels = torch.tensor([rows[image.class_key] for image in images], dtype=torch.int64)
-    return torch.from_numpy(pixels), labels
 
 
 def to_delta(adaptation: Adaptation) -> Delta:

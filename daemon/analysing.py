@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from daemon.adaptation import load_images
 from daemon.batch import Batch
 from daemon.child import Outlet
 from daemon.compose import Known
@@ -18,6 +17,7 @@ from daemon.config import Config
 from daemon.errors import BatchError
 from daemon.spool import Spool
 from daemon.submit import looked_at
+from daemon.tasks import load_images
 from deploy import atomic
 from deploy.cpus import usable_cpus
 from deploy.manifest import (

@@ -21,7 +21,7 @@ from deploy.decode import read_image
 from deploy.manifest import ClassEntry
 from deploy.preprocess import Preprocessing, decode_image
 from deploy.runtime import LoadedVersion
-from deploy.vision_digest import vision_digest
+from deploy.vision_digest import is_same_tower, vision_digest
 
 _CHUNK = 64  # images in memory at a time, of the model's size: whatever the number of exams
 _KEPT_BYTES = 64 << 20  # of images that are not decoded again for the next version; 1300 of bundled's
@@ -101,6 +101,7 @@ class Examiner:
     _kept_bytes: int = field(default=0, init=False)
     # Rows (dim,) by what the vision tower computes: a version with the same one would answer the same.
     _seen: dict[tuple[str, Path], Float32] = field(default_factory=dict, init=False)
+    _asked: tuple[Path, str] | None = field(default=None, init=False)  # last: directory, digest of the tower
     _hashes: dict[Path, str] = field(default_factory=dict, init=False)  # sha256 of what was looked at
 
     def __post_init__(self) -> None:
@@ -133,11 +134,18 @@ class Examiner:
         with LoadedVersion(version_dir, threads=1, runs_at_once=self.threads) as version:
             return self.ask(version, classes)
 
-    def ask(self, version: LoadedVersion, classes: Sequence[ClassEntry] | None = None) -> Grades:
+    def ask(
+        self,
+        version: LoadedVersion,
+        classes: Sequence[ClassEntry] | None = None,
+        *,
+        tower: str | None = None,
+    ) -> Grades:
         """Ask one version everything. It need not be published, but be complete, manifest.json included.
 
         Args:
             classes: the names to choose from; by default those of the version to come.
+            tower: digest of its vision tower, where that is known.
 
         Raises:
             BatchError: an image of the batch's own exam cannot be read.
@@ -145,7 +153,8 @@ class Examiner:
         """
         asked = self.classes if classes is None else classes
         names = version.embed_classes([entry.name for entry in asked], [entry.template for entry in asked])
-        tower = vision_digest(version.directory)
+        tower = tower or self._tower_of(version.directory)
+        self._asked = version.directory, tower
         graded = [self._embed(version, sheet, tower) for sheet in self.sheets]
         self.sheets = [sheet for sheet, _ in graded if sheet.files or sheet.batch == self._own]
         self._is_settled = True
@@ -168,6 +177,12 @@ class Examiner:
             gained=int((~was & now).sum()),
             lost=int((was & ~now).sum()),
         )
+
+    def _tower_of(self, directory: Path) -> str:
+        """Digest of a vision tower; mostly it is that of the version that was asked before."""
+        if self._asked is not None and is_same_tower(directory, self._asked[0]):
+            return self._asked[1]
+        return vision_digest(directory)
 
     def _embed(self, version: LoadedVersion, sheet: Sheet, tower: str) -> tuple[Sheet, Float32]:
         """Embeddings (images, dim), and the sheet they are of: without what had to be left out."""

@@ -140,13 +140,18 @@ def write_class_list(staging: Path, clip: Clip, entries: Sequence[ClassEntry]) -
         prompts = tokenize(clip, [e.name for e in entries], [e.template for e in entries])
         with torch.no_grad():
             embeddings = encode_text(clip.model, prompts).numpy()
-    atomic.write_file(staging / CLASS_EMBEDDINGS_NAME, _npy(embeddings))
+    atomic.write_file(staging / CLASS_EMBEDDINGS_NAME, _npy(embeddings), is_flushed=False)
 
 
-def write_reference(staging: Path, clip: Clip) -> None:
-    """reference.npz: fixed inputs and this model's outputs, computed by torch."""
-    input_ids = clip.tokenizer(list(REFERENCE_TEXTS)).numpy()
-    reference_outputs(clip.model, staging, input_ids=input_ids, image_size=clip.image_size)
+def write_reference(staging: Path, clip: Clip, *, image_embeds: NDArray[np.float32] | None = None) -> None:
+    """reference.npz: fixed inputs and this model's outputs, by torch; `image_embeds` perhaps earlier."""
+    reference_outputs(
+        clip.model,
+        staging,
+        input_ids=clip.tokenizer(list(REFERENCE_TEXTS)).numpy(),
+        image_size=clip.image_size,
+        image_embeds=image_embeds,
+    )
 
 
 def software_versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,9 +79,8 @@ class Grading:
             draft = make_draft(files)
             # Provisional, so that it can be loaded as clients will; publishing writes the final one.
             numbered = draft | {"version": self.store.next_version()}
-            save_manifest(staging, Manifest.model_validate(numbered))
-            # Reads every file again.
-            version = LoadedVersion(staging, threads=1, runs_at_once=self.examiner.threads)
+            save_manifest(staging, Manifest.model_validate(numbered), is_flushed=False)
+            version = self._open(staging)
         with version:
             with self.watch.stage("verify", is_told=False):
                 parity = version.measure_parity(PUBLISH_TOLERANCE)
@@ -89,3 +89,25 @@ class Grading:
         exams = self.examiner.compare(self.before, after)
         metrics = metrics_of(exams, self.before.cosines_with(after))
         return draft | {"metrics": metrics | {"parity": parity}}, exams
+
+    def _open(self, staging: Path) -> LoadedVersion:
+        """As clients do: every file is read again and compared with its record, here beside opening it.
+
+        Raises:
+            VerifyError: a file is not what it should be.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="check") as beside:
+            checks: list[Future[None]] = []
+            version = LoadedVersion(
+                staging,
+                threads=1,
+                runs_at_once=self.examiner.threads,
+                aside=lambda check: checks.append(beside.submit(check)),
+            )
+        try:
+            for check in checks:
+                check.result()
+        except BaseException:
+            version.close()
+            raise
+        return version

@@ -28,7 +28,6 @@ from daemon.supervisor import EXIT_DONE, EXIT_STOPPED, Worker, default_command
 from deploy.errors import DeployError, StoreError
 
 LOG_NAME = "worker.log"
-STANDBY_LOG_NAME = "standby.log"  # in the home, until it is given a batch's
 RETRY_HINT = "look at worker.log beside this file, mend the cause, and drop the images again"
 
 
@@ -68,7 +67,7 @@ class Lifecycle:
         self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
         self._known = Knowledge(publisher.store)
         self._job: _Job | None = None
-        self._standby = Standby(lambda: launch.make_command("standby"), publisher.home / STANDBY_LOG_NAME)
+        self.standby = Standby(launch.make_command, publisher.home, wake=launch.wake)
         self._not_before: dict[str, tuple[float, float]] = {}  # batch id → since when it waits, until when
 
     @property
@@ -133,12 +132,10 @@ class Lifecycle:
 
     def stand_by(self, now: float) -> None:
         """See that a worker stands by for the next batch, unless one is at work or nothing may be learnt."""
-        if self._launch.keeps_standby and self._job is None and self._store.pin() is None:
-            self._standby.keep(now)
-
-    def dismiss_standby(self) -> None:
-        """End the worker that stands by, if there is one."""
-        self._standby.stop()
+        if self._store.pin() is not None:
+            self.standby.stop()
+        elif self._launch.keeps_standby and self._job is None:
+            self.standby.keep(now, self._store.current())
 
     def interrupt(self, outcome: str, should_force: Callable[[], bool] = lambda: False) -> None:
         """Stop the worker, if there is one, giving it time for a checkpoint."""
@@ -216,10 +213,8 @@ class Lifecycle:
             *("adapt", "--home", str(self._home), "--config", str(config_path) if config_path else ""),
             *("--batch", batch_id, "--parent", str(live)),
         )
-        log_path, wake = self._spool.state_dir("work") / batch_id / LOG_NAME, self._launch.wake
-        worker = self._standby.take(arguments, log_path, wake=wake) or Worker(
-            self._launch.make_command(*arguments), log_path, wake=wake
-        )
+        log_path = self._spool.state_dir("work") / batch_id / LOG_NAME
+        worker = self.standby.start_worker(arguments, log_path)
         self._job = _Job(batch_id, live, worker, {"phase": "start"})
         self._tell("adapting", batch=batch_id, parent=live, attempt=len(batch.attempts), pid=worker.pid)
 

@@ -9,20 +9,23 @@ Nothing outside the store's staging directory is written, but for what is rememb
 (daemon.exam_embeddings). The decision to publish is not made here.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from daemon.adaptation import union_of_classes
 from daemon.batch import read_batch
 from daemon.child import Outlet
 from daemon.config import Config
 from daemon.errors import WorkerError
 from daemon.examine import Examiner, Grades
 from daemon.grading import Grading, Stopwatch
+from daemon.live import Live, fitting_live
 from daemon.report import RESULT_DIR, Report, load_report, staging_name
 from daemon.spool import Spool
 from daemon.staging import Candidate, inherited, stage_candidate, write_beside_weights
+from daemon.tasks import Order, union_of_classes
 from deploy.cpus import usable_cpus
 from deploy.delta import load_delta
 from deploy.lineage import (
@@ -45,7 +48,11 @@ from deploy.store import VersionStore
 
 @dataclass(frozen=True)
 class Ground:
-    """What both start from."""
+    """What both start from.
+
+    Attributes:
+        live: the live version, if it was opened ahead.
+    """
 
     home: Path
     batch_id: str
@@ -53,6 +60,7 @@ class Ground:
     parent: Manifest
     config: Config
     watch: Stopwatch
+    live: Live | None
 
     @property
     def parent_dir(self) -> Path:
@@ -70,15 +78,30 @@ class Ground:
         return self.config.learning.threads or usable_cpus()
 
 
-def revise(home: Path, command: str, batch_id: str, parent: int, config: Config, *, outlet: Outlet) -> Report:
-    """Stage the live version `parent` without the batch (command revert), or with it (promote).
+def revise(command: str, order: Order, *, outlet: Outlet, ahead: Live | None = None) -> Report:
+    """Stage the live version without the order's batch (command revert), or with it (promote).
+
+    Args:
+        ahead: a version that was opened before there was an order; it need not be the right one.
 
     Raises:
         DeployError, DaemonError: a version, a delta or the batch cannot be used; says which and what to do.
     """
-    store = VersionStore(home / "serving")
-    ground = Ground(home, batch_id, store, store.manifest(parent), config, Stopwatch(outlet))
+    home, store = order.home, VersionStore(order.home / "serving")
+    live = fitting_live(ahead, store.path(order.parent))
+    watch = Stopwatch(outlet)
+    ground = Ground(home, order.batch_id, store, store.manifest(order.parent), order.config, watch, live)
     return _promote(ground) if command == "promote" else _revert(ground, outlet)
+
+
+def _ask_live(ground: Ground, examiner: Examiner, classes: Sequence[ClassEntry] | None = None) -> Grades:
+    if ground.live is None:
+        return examiner.grade(ground.parent_dir, classes)
+    with ThreadPoolExecutor(1, thread_name_prefix="check") as beside:
+        checking = beside.submit(ground.live.check_again)
+        grades = ground.live.ask(examiner, classes, runs_at_once=ground.threads)
+        checking.result()
+    return grades
 
 
 def _revert(ground: Ground, outlet: Outlet) -> Report:
@@ -90,11 +113,11 @@ def _revert(ground: Ground, outlet: Outlet) -> Report:
     # Each version among its own names, as clients ask it: the name that goes did harm too.
     examiner = Examiner(ground.home, None, ground.home, classes, threads=ground.threads, without=without)
     with watch.stage("score"):
-        before = examiner.grade(ground.parent_dir, ground.parent_classes)
+        before = _ask_live(ground, examiner, ground.parent_classes)
     with watch.stage("fold"):
         staging = store.stage(staging_name("revert", ground.batch_id), like=parent.version)
         fold_lineage(store, parent.version, lineage, staging / WEIGHTS_NAME, told=outlet.tensors)
-        drift = write_beside_weights(staging, store, parent, classes)
+        drift = write_beside_weights(staging, store, parent, classes, live=ground.live)
     draft = {
         "kind": "revert",
         "batch": infos[ground.batch_id].model_dump(),
@@ -128,11 +151,12 @@ def _promote(ground: Ground) -> Report:
         without=frozenset(reverted_batches(store)),
     )
     with watch.stage("score"):
-        before = examiner.grade(ground.parent_dir)
+        before = _ask_live(ground, examiner)
     with watch.stage("fold"):
         delta = load_delta(delta_path)
         candidate = Candidate(store, parent, batch, delta, record, classes)
-        staged = stage_candidate(candidate, delta_path, name=staging_name("promote", ground.batch_id))
+        name = staging_name("promote", ground.batch_id)
+        staged = stage_candidate(candidate, delta_path, live=ground.live, name=name)
     draft = candidate.manifest_draft({}) | {
         "kind": "promote",
         "method": held.manifest.get("method"),

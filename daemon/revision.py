@@ -23,6 +23,7 @@ from daemon.publish import Publisher
 from daemon.reception import known
 from daemon.report import Report, staging_name
 from daemon.requests import Answer, Request, is_waiting
+from daemon.standby import Standby
 from daemon.supervisor import EXIT_DONE, Message, Worker
 from deploy import atomic
 from deploy.errors import DeployError, StoreError
@@ -52,12 +53,19 @@ class Reviser:
 
     Args:
         pause_learning: called with a reason before a worker starts that changes the live version.
+        standby: may have a worker that stands by, which is taken for what needs torch.
     """
 
     def __init__(
-        self, publisher: Publisher, launch: Launch, *, pause_learning: Callable[[str], None] = lambda _: None
+        self,
+        publisher: Publisher,
+        launch: Launch,
+        *,
+        pause_learning: Callable[[str], None] = lambda _: None,
+        standby: Standby | None = None,
     ) -> None:
         self._publisher, self._launch, self._pause_learning = publisher, launch, pause_learning
+        self._standby = standby or Standby(launch.make_command, publisher.home, wake=launch.wake)
         self._store, self._spool = publisher.store, publisher.spool
         self._job: _Job | None = None
 
@@ -168,8 +176,7 @@ class Reviser:
             what = f"{request.who} asked to {request.command} {request.batch}"
             self._pause_learning(what)
         self._discard(request)
-        command = self._launch.make_command(*arguments)
-        worker = Worker(command, self._publisher.home / LOG_NAME, wake=self._launch.wake)
+        worker = self._standby.start_worker(arguments, self._publisher.home / LOG_NAME)
         self._job = _Job(request, self._store.current(), worker)
         logs.log("begun", what=request.command, batch=request.batch, version=request.to, who=request.who)
         return None

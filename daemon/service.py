@@ -59,7 +59,9 @@ class Service:
         self.reception = Reception(home, config, tell=self.tell, lane=lane)
         self._publisher = Publisher(home, config, self._spool, self._store, self.tell)
         self._lifecycle = Lifecycle(self._publisher, launch)
-        self._reviser = Reviser(self._publisher, launch, pause_learning=self._pause_learning)
+        self._reviser = Reviser(
+            self._publisher, launch, pause_learning=self._pause_learning, standby=self._lifecycle.standby
+        )
         self._sharing = Sharing(home / "serving", config, self.tell)
         self._observers, self._waits = Observers(home, config, self.tell), Waits(self._spool)
         self._resting = Resting(home, self._store)
@@ -145,7 +147,7 @@ class Service:
         rest = self._resting.look(self._config.schedule, now)
         if rest is not None and rest.interrupts:
             self._pause_learning(rest.why)
-            self._lifecycle.dismiss_standby()
+            self._lifecycle.standby.stop()
         return rest is not None and self._lifecycle.working is None
 
     def _pause_learning(self, why: str) -> None:
@@ -262,7 +264,7 @@ class Service:
         """Stop in order: the worker first (it checkpoints), then the status. Batches stay where they are."""
         self._view.clear()
         self._reviser.stop()
-        self._lifecycle.dismiss_standby()
+        self._lifecycle.standby.stop()
         self.reception.stop(should_force)
         if (working := self._lifecycle.working) is not None:
             logs.log(

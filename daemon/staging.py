@@ -14,7 +14,8 @@ import numpy as np
 
 from daemon.batch import Batch
 from daemon.founding import software_versions, write_class_list, write_reference
-from deploy import disk
+from daemon.live import Live
+from deploy import atomic, disk
 from deploy.delta import Delta, write_folded
 from deploy.manifest import (
     DELTA_NAME,
@@ -26,7 +27,7 @@ from deploy.manifest import (
 )
 from deploy.store import VersionStore
 from deploy.weights import Array, read_weights
-from dynlora.clip import Clip, load_version, reload_weights
+from dynlora.clip import load_version, reload_weights
 
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -90,12 +91,12 @@ class Staged:
 
 
 def stage_candidate(
-    candidate: Candidate, delta_path: Path, *, clip: Clip | None = None, name: str | None = None
+    candidate: Candidate, delta_path: Path, *, live: Live | None = None, name: str | None = None
 ) -> Staged:
     """Fill a staging directory, manifest.json apart.
 
     Args:
-        clip: the parent as it is in memory, if it is; it has the new weights afterwards.
+        live: the parent as it is in memory, if it is; torch's model has the new weights afterwards.
         name: of the staging directory; by default the batch's id.
 
     Raises:
@@ -104,8 +105,10 @@ def stage_candidate(
     store, parent_dir = candidate.store, candidate.store.path(candidate.parent.version)
     staging = store.stage(name or candidate.batch.id, like=candidate.parent.version)
     disk.copy(delta_path, staging / DELTA_NAME)
-    weights = write_folded(staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta])
-    drift = write_beside_weights(staging, store, candidate.parent, candidate.classes, clip=clip)
+    weights = write_folded(
+        staging / WEIGHTS_NAME, read_weights(parent_dir / WEIGHTS_NAME), [candidate.delta], is_flushed=False
+    )
+    drift = write_beside_weights(staging, store, candidate.parent, candidate.classes, live=live)
     return Staged(staging, weights, drift)
 
 
@@ -115,27 +118,31 @@ def write_beside_weights(
     parent: Manifest,
     classes: tuple[ClassEntry, ...],
     *,
-    clip: Clip | None = None,
+    live: Live | None = None,
 ) -> float:
     """Class list, embeddings and reference outputs of the weights that lie in a staging directory.
 
     Args:
-        clip: a model of the same architecture in memory; it has the new weights afterwards.
+        live: the parent in memory; torch's model has the new weights afterwards.
 
     Returns:
         ‖θ − θ₀‖_F: how far the weights are from version 0 now.
     """
     path = staging / WEIGHTS_NAME
-    # The drift is read from the files too, beside torch's work.
-    with ThreadPoolExecutor(1, thread_name_prefix="drift") as beside:
+    # Beside torch's work. The weights are flushed in any case when they are published: begun now, that takes
+    # no time then. The drift is read from the files too.
+    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
+        flushing = beside.submit(atomic.fsync_file, path)
         drift = beside.submit(distance, read_weights(path), read_weights(store.path(0) / WEIGHTS_NAME))
         # From the file, not from memory: what torch says here is what every client must find.
-        if clip is None:
+        if live is None:
             clip = load_version(staging / OPEN_CLIP_CONFIG_NAME, path, parent.architecture)
         else:
+            clip = live.clip
             reload_weights(clip, path)
         write_class_list(staging, clip, classes)
-        write_reference(staging, clip)
+        write_reference(staging, clip, image_embeds=live.reference_of(staging) if live is not None else None)
+        flushing.result()
         return drift.result()
 
 

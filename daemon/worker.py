@@ -11,24 +11,28 @@ it leaves is in the batch's directory and in the store's staging directory.
     python -m daemon.worker promote|revert --home HOME [--config FILE] --batch ID --parent N
     python -m daemon.worker rebuild --home HOME --version N
     python -m daemon.worker analyze --home HOME --source ID|PATH --ranks N,… --steps N --out DIR
-    python -m daemon.worker standby     imports what is heavy, then waits for one of the above on stdin
+    python -m daemon.worker standby [--home HOME]
+                                imports what is heavy, opens HOME's live version, then waits for one of the
+                                above on stdin
 """
 
 import argparse
-import contextlib
 import errno
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from daemon.child import Outlet, StopFlag, alone, die_with_parent
+from daemon.standing_by import stand_by
 from daemon.status import describe, is_full_disk
 from daemon.supervisor import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from deploy import disk
+
+if TYPE_CHECKING:
+    from daemon.live import Live
+    from daemon.tasks import Order
 
 LOCK_NAME = "worker.lock"
 REBUILD_LOCK_NAME = "rebuild.lock"  # a rebuild needs little memory and goes on beside the others
@@ -42,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with the protocol's code."""
     options = _parser().parse_args(arguments)
     die_with_parent(options.parent_pid)
+    ahead = None
     if options.command == "standby":
-        options = _parser().parse_args(_stand_by())
+        arguments, ahead = stand_by(options.home)
+        options = _parser().parse_args(arguments)
     outlet, stop = Outlet(), StopFlag()
     try:
         if options.command == "rebuild":
@@ -52,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         else:
             lock = ANALYSIS_LOCK_NAME if options.command == "analyze" else LOCK_NAME
             with alone(options.home, lock):
-                code = _run(options, outlet, stop)
+                code = _run(options, outlet, stop, ahead)
     except ModuleNotFoundError as error:
         why = f"{error.name} is not installed; pip install 'dynlora[daemon]'"
         outlet.say("error", message=why, retry=True, fault="home")
@@ -75,8 +81,12 @@ def is_refused_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY_WORDS)
 
 
-def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
-    """Import what is heavy only now: the lock is ours and the parent knows that we are alive."""
+def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag, ahead: "Live | None") -> int:
+    """Import what is heavy only now: the lock is ours and the parent knows that we are alive.
+
+    Args:
+        ahead: what was opened before there was an order.
+    """
     outlet.phase("load")
     from daemon.errors import ConfigError, DaemonError, WorkerError
     from deploy.errors import DeployError, ManifestError, StoreError, VerifyError, WeightsError
@@ -95,7 +105,7 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
                 outlet=outlet,
             )
         elif options.command in ("promote", "revert"):
-            _revise(options, outlet)
+            _revise(options, outlet, ahead)
             return EXIT_DONE
         elif options.command == "analyze":
             _analyze(options, outlet)
@@ -107,10 +117,8 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
             return EXIT_DONE
         else:
             from daemon.adaptation import adapt_batch
-            from daemon.config_sources import load_config
 
-            config = load_config(options.config, options.home)
-            adapt_batch(options.home, options.batch, options.parent, config, outlet=outlet, stop=stop)
+            adapt_batch(_order(options), outlet=outlet, stop=stop, ahead=ahead)
     except Interrupted:
         return EXIT_STOPPED
     except (ConfigError, StoreError, ManifestError, WeightsError, VerifyError, ModelError) as error:
@@ -129,12 +137,18 @@ def _run(options: argparse.Namespace, outlet: Outlet, stop: StopFlag) -> int:
     return EXIT_DONE
 
 
-def _revise(options: argparse.Namespace, outlet: Outlet) -> None:
+def _order(options: argparse.Namespace) -> "Order":
     from daemon.config_sources import load_config
-    from daemon.revising import revise
+    from daemon.tasks import Order
 
     config = load_config(options.config, options.home)
-    report = revise(options.home, options.command, options.batch, options.parent, config, outlet=outlet)
+    return Order(options.home, options.batch, options.parent, config)
+
+
+def _revise(options: argparse.Namespace, outlet: Outlet, ahead: "Live | None") -> None:
+    from daemon.revising import revise
+
+    report = revise(options.command, _order(options), outlet=outlet, ahead=ahead)
     outlet.say("result", report=report.model_dump(mode="json"))
 
 
@@ -164,39 +178,6 @@ def _rebuild(options: argparse.Namespace, outlet: Outlet) -> int:
         return EXIT_FAILED
     outlet.say("result", files=files)
     return EXIT_DONE
-
-
-def _stand_by() -> list[str]:
-    """Get ready and wait for an order; returns the arguments in it.
-
-    Nothing of a home is read before: what a version or a configuration says may have changed by then.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends us
-    # What cannot be imported is told by the worker that needs it.
-    with contextlib.suppress(ModuleNotFoundError):
-        _get_ready()
-    line = sys.stdin.buffer.readline()
-    if not line.endswith(b"\n"):  # the daemon has no work for us any more
-        sys.exit(EXIT_STOPPED)
-    order = json.loads(line)
-    log = disk.open_file(Path(order["log"]), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(log, 2)
-    os.close(log)
-    return [str(argument) for argument in order["arguments"]]
-
-
-def _get_ready() -> None:
-    """Import what is heavy, and make what most models have in common: CLIP's tokenizer, Pillow's readers."""
-    import onnx  # noqa: F401 - the checks of a new version use it
-
-    import daemon.adaptation  # noqa: F401
-    from daemon.founding import plain_tokenizer_json
-    from deploy.decode import formats
-    from deploy.opening import keep_tokenizer
-    from dynlora.clip import plain_tokenizer, vocabulary
-
-    keep_tokenizer(plain_tokenizer_json(plain_tokenizer(vocabulary().context_length)))
-    formats()
 
 
 def _end(code: int) -> NoReturn:
@@ -244,7 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--ranks", required=True)
     analyze.add_argument("--steps", type=int, required=True)
     analyze.add_argument("--out", type=Path, required=True)
-    commands.add_parser("standby")
+    standby = commands.add_parser("standby")
+    standby.add_argument("--home", type=Path)
     return parser
 
 

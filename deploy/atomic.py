@@ -38,6 +38,7 @@ def write_file(
     *,
     mode: int = 0o644,
     size_bytes: int | None = None,
+    is_flushed: bool = True,
 ) -> None:
     """Write ``path`` through a temporary file, fsync, rename over, fsync the directory.
 
@@ -45,6 +46,8 @@ def write_file(
         data: the content, or pieces of it that are written one after the other.
         size_bytes: the final size where it is known: the space is then reserved first, so that a
             full disk shows before the work is done.
+        is_flushed: False leaves both fsyncs to whoever flushes the whole directory before anybody relies
+            on it; after a power cut the file may then be there in part.
 
     Raises:
         OSError: nothing was changed and the temporary file is gone.
@@ -57,18 +60,20 @@ def write_file(
             for piece in (data,) if isinstance(data, bytes) else data:
                 disk.write(descriptor, piece)
             os.fchmod(descriptor, mode)
-            disk.fsync(descriptor)
+            if is_flushed:
+                disk.fsync(descriptor)
         disk.rename(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # what went wrong before is what there is to tell
             disk.unlink(temporary, missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    if is_flushed:
+        fsync_dir(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, is_flushed: bool = True) -> None:
     """Write ``text`` as UTF-8, durably (see write_file)."""
-    write_file(path, text.encode())
+    write_file(path, text.encode(), is_flushed=is_flushed)
 
 
 def write_json(path: Path, obj: Any) -> None:

@@ -198,11 +198,13 @@ def write_folded(
     deltas: Sequence[Delta],
     *,
     told: Callable[[int, int], None] | None = None,
+    is_flushed: bool = True,
 ) -> FileRecord:
     """Write the folded weights durably; same bytes as ``write_weights(path, fold(tensors, deltas))``.
 
     Args:
         told: called before each tensor with the number of those done and of all there are.
+        is_flushed: as of ``write_weights``.
 
     Raises:
         DeltaError: a delta does not fit the weights, or the result is not finite.
@@ -219,7 +221,7 @@ def write_folded(
         done += 1
         return fold_tensor(name, tensor, deltas)
 
-    return write_weights(path, tensors, prepare=prepare)
+    return write_weights(path, tensors, prepare=prepare, is_flushed=is_flushed)
 
 
 def fold_tensor(

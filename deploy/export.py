@@ -48,6 +48,8 @@ _INLINE_BYTES = 1 << 16
 _CONSTANT_BYTES = 1 << 24  # of one buffer; the largest known is below 5 MB
 _SEED = 20
 
+Float32 = NDArray[np.float32]
+
 
 class _ImageEncoder(nn.Module):
     """pixel_values (batch, 3, H, W) to L2-normalised image_embeds (batch, dim)."""
@@ -127,28 +129,48 @@ def export_graphs(
 
 
 def reference_outputs(
-    model: nn.Module, directory: Path, *, input_ids: NDArray[np.int64], image_size: int | tuple[int, int]
+    model: nn.Module,
+    directory: Path,
+    *,
+    input_ids: NDArray[np.int64],
+    image_size: int | tuple[int, int],
+    image_embeds: Float32 | None = None,
 ) -> None:
     """Write reference.npz: fixed inputs and torch's outputs, so that parity can be checked without torch.
+
+    Into a staging directory, which is flushed when it is published.
 
     Args:
         input_ids: (texts, context_length), as the model's tokenizer gives for REFERENCE_TEXTS.
         image_size: side, or (height, width), in pixels.
+        image_embeds: of `reference_image_embeds`, where it has been called for the same vision tower.
     """
-    shape = (len(REFERENCE_TEXTS), 3, *_height_width(image_size))
-    pixel_values = np.random.default_rng(_SEED).standard_normal(shape, dtype=np.float32)
+    if image_embeds is None:
+        image_embeds = reference_image_embeds(model, image_size)
     with _as_exported(model), torch.no_grad():
-        image_embeds = _encoded(model, "encode_image", torch.from_numpy(pixel_values))
         text_embeds = _encoded(model, "encode_text", torch.from_numpy(np.ascontiguousarray(input_ids)))
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        pixel_values=pixel_values,
-        image_embeds=image_embeds.numpy(),
+        pixel_values=_reference_pixels(image_size),
+        image_embeds=image_embeds,
         input_ids=input_ids,
         text_embeds=text_embeds.numpy(),
     )
-    atomic.write_file(directory / REFERENCE_NAME, buffer.getvalue())
+    atomic.write_file(directory / REFERENCE_NAME, buffer.getvalue(), is_flushed=False)
+
+
+def reference_image_embeds(model: nn.Module, image_size: int | tuple[int, int]) -> Float32:
+    """What torch answers to the fixed pixels of reference.npz, (images, dim)."""
+    with _as_exported(model), torch.no_grad():
+        answer = _encoded(model, "encode_image", torch.from_numpy(_reference_pixels(image_size)))
+    embeds: Float32 = answer.numpy()
+    return embeds
+
+
+def _reference_pixels(image_size: int | tuple[int, int]) -> Float32:
+    shape = (len(REFERENCE_TEXTS), 3, *_height_width(image_size))
+    return np.random.default_rng(_SEED).standard_normal(shape, dtype=np.float32)
 
 
 def _encoded(model: nn.Module, method: str, inputs: Tensor) -> Tensor:

@@ -214,9 +214,9 @@ def parse_manifest(content: bytes, path: Path) -> Manifest:
     return _parse(Manifest, content, path)
 
 
-def save_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write ``directory``/manifest.json durably."""
-    _save(directory / MANIFEST_NAME, manifest)
+def save_manifest(directory: Path, manifest: Manifest, *, is_flushed: bool = True) -> None:
+    """Write ``directory``/manifest.json, durably unless told otherwise."""
+    _save(directory / MANIFEST_NAME, manifest, is_flushed=is_flushed)
 
 
 def load_classes(directory: Path) -> ClassesFile:
@@ -229,8 +229,8 @@ def load_classes(directory: Path) -> ClassesFile:
 
 
 def save_classes(directory: Path, classes: ClassesFile) -> None:
-    """Write ``directory``/classes.json durably."""
-    _save(directory / CLASSES_NAME, classes)
+    """Write classes.json into a staging directory, which is flushed when it is published."""
+    _save(directory / CLASSES_NAME, classes, is_flushed=False)
 
 
 def file_record(path: Path) -> FileRecord:
@@ -301,5 +301,5 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}: {problem['msg']}, found {found[:80]}{more}.{hint}"
 
 
-def _save(path: Path, model: _Model) -> None:
-    atomic.write_text(path, model.model_dump_json(by_alias=True, indent=2) + "\n")
+def _save(path: Path, model: _Model, *, is_flushed: bool) -> None:
+    atomic.write_text(path, model.model_dump_json(by_alias=True, indent=2) + "\n", is_flushed=is_flushed)

@@ -94,7 +94,7 @@ class LoadedVersion:
         # Resolved once: ONNX Runtime finds the weights beside the graph, and a path through `current`
         # could lead to another version between two opens.
         self.directory = directory.resolve()
-        self._runs_at_once = runs_at_once
+        self.runs_at_once = runs_at_once
         self._lock_descriptor = hold_shared_lock(self.directory / MANIFEST_NAME)
         try:
             self.manifest: Manifest = (trust.load_manifest if trust else load_manifest)(self.directory)
@@ -371,7 +371,7 @@ class LoadedVersion:
             answer: Float32 = session.run([output], {name: part})[0]
             return answer
 
-        return run_in_parts(run, rows, self.manifest.embed_dim, at_once=self._runs_at_once)
+        return run_in_parts(run, rows, self.manifest.embed_dim, at_once=self.runs_at_once)
 
 
 def _expect_list(values: Any, what: str) -> None:

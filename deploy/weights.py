@@ -84,6 +84,7 @@ def write_weights(
     *,
     metadata: Mapping[str, str] | None = None,
     prepare: Prepare | None = None,
+    is_flushed: bool = True,
 ) -> FileRecord:
     """Write the tensors durably and return the sha256 and size of what was written.
 
@@ -92,6 +93,7 @@ def write_weights(
             that layout() gives hold for the default header only.
         prepare: called with name and tensor, from another thread, one tensor ahead of what is written:
             so few changed tensors are in memory at a time. It must keep shape and dtype.
+        is_flushed: False leaves flushing to the caller, who has something else to do meanwhile.
 
     Raises:
         WeightsError: a dtype that the file cannot hold, or ``prepare`` changed shape or dtype.
@@ -110,7 +112,7 @@ def write_weights(
                     digest.update(piece)
                     yield piece
 
-        atomic.write_file(path, pieces(), size_bytes=size)
+        atomic.write_file(path, pieces(), size_bytes=size, is_flushed=is_flushed)
         return FileRecord(sha256=digest.hexdigest(), bytes=size)
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from daemon.adaptation import _hooks, _readable, _settings, _with_trials, load_task
+from daemon.adaptation import _hooks, _readable, _settings, _with_trials
 from daemon.analysing import _task
 from daemon.batch import Batch, BatchClass, BatchImage
 from daemon.config import Config
 from daemon.errors import BatchError
 from daemon.plan import settle_plan, stored_plan
+from daemon.tasks import load_task
 from deploy.manifest import ClassEntry
 from deploy.preprocess import Preprocessing
 from dynlora.clip import load_clip

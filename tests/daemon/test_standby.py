@@ -25,7 +25,7 @@ def stand(tmp_path):
     made = []
 
     def stand(code):
-        made.append(Standby(lambda: [sys.executable, "-c", code], tmp_path / "standby.log"))
+        made.append(Standby(lambda *arguments: [sys.executable, "-c", code, *arguments], tmp_path))
         return made[-1]
 
     yield stand
@@ -52,7 +52,7 @@ def is_gone(pid):
 def test_the_one_that_stands_by_does_the_work_it_is_told(stand, tmp_path):
     """The same process, with the arguments of a command line; after that none stands by."""
     standby = stand(ECHO)
-    standby.keep(0.0)
+    standby.keep(0.0, 0)
     pid = standby.pid
     worker = standby.take(["adapt", "--batch", "ä b"], tmp_path / "worker.log")
     wait_for(lambda: worker.poll() is not None)
@@ -67,9 +67,9 @@ def test_the_one_that_stands_by_does_the_work_it_is_told(stand, tmp_path):
 def test_only_one_stands_by(stand):
     """Looking again starts no second one."""
     standby = stand(ECHO)
-    standby.keep(0.0)
+    standby.keep(0.0, 0)
     pid = standby.pid
-    standby.keep(1.0)
+    standby.keep(1.0, 0)
 
     assert standby.pid == pid
 
@@ -77,26 +77,26 @@ def test_only_one_stands_by(stand):
 def test_one_that_died_is_replaced_after_a_pause_that_grows(stand):
     """A machine that kills it for its memory is not asked again and again."""
     standby = stand("import sys; sys.exit(3)")
-    standby.keep(0.0)
+    standby.keep(0.0, 0)
     wait_for(lambda: is_gone(standby.pid))
-    standby.keep(1.0)
+    standby.keep(1.0, 0)
     assert standby.pid is None
-    standby.keep(PAUSE_SECONDS)
+    standby.keep(PAUSE_SECONDS, 0)
     assert standby.pid is None
-    standby.keep(1.0 + PAUSE_SECONDS)
+    standby.keep(1.0 + PAUSE_SECONDS, 0)
     wait_for(lambda: is_gone(standby.pid))
-    standby.keep(100.0)
-    standby.keep(100.0 + PAUSE_SECONDS)
+    standby.keep(100.0, 0)
+    standby.keep(100.0 + PAUSE_SECONDS, 0)
 
     assert standby.pid is None
-    standby.keep(100.0 + 2 * PAUSE_SECONDS)
+    standby.keep(100.0 + 2 * PAUSE_SECONDS, 0)
     assert standby.pid is not None
 
 
 def test_one_that_is_found_dead_gives_no_worker(stand, tmp_path):
     """Whoever asked starts a worker as ever, and it is no attempt of the batch."""
     standby = stand("pass")
-    standby.keep(0.0)
+    standby.keep(0.0, 0)
     wait_for(lambda: is_gone(standby.pid))
 
     assert standby.take(["adapt"], tmp_path / "worker.log") is None
@@ -104,8 +104,8 @@ def test_one_that_is_found_dead_gives_no_worker(stand, tmp_path):
 
 def test_one_that_cannot_be_started_stops_nothing(tmp_path):
     """The batch that comes is learnt by a worker of its own."""
-    standby = Standby(lambda: ["/nowhere/python"], tmp_path / "standby.log")
-    standby.keep(0.0)
+    standby = Standby(lambda *_: ["/nowhere/python"], tmp_path)
+    standby.keep(0.0, 0)
 
     assert standby.pid is None
     assert standby.take([], tmp_path / "worker.log") is None
@@ -116,11 +116,11 @@ def test_the_real_one_ends_with_its_daemon(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from daemon.standby import Standby;"
         "from daemon.supervisor import default_command;"
-        "s = Standby(lambda: default_command('standby'), Path(sys.argv[1])); s.keep(0.0);"
+        "s = Standby(default_command, Path(sys.argv[1])); s.keep(0.0, 0);"
         "print(s.pid, flush=True); time.sleep(600)"
     )
     daemon = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "standby.log")], cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
     )
     pid = int(daemon.stdout.readline())
     daemon.kill()
@@ -131,8 +131,8 @@ def test_the_real_one_ends_with_its_daemon(tmp_path):
 
 def test_the_real_one_takes_an_order_and_tells_what_is_wrong_in_the_log_it_was_given(tmp_path):
     """An order is parsed like a command line; its last words are where the batch's are looked for."""
-    standby = Standby(lambda: default_command("standby"), tmp_path / "standby.log")
-    standby.keep(0.0)
+    standby = Standby(default_command, tmp_path)
+    standby.keep(0.0, 0)
     worker = standby.take(["adapt", "--nonsense"], tmp_path / "worker.log")
     wait_for(lambda: worker.poll() is not None, seconds=120)
 
