@@ -20,6 +20,7 @@ from daemon.lifecycle import Launch
 from daemon.lock import HomeLock
 from daemon.progress import View
 from daemon.service import Service
+from deploy.decode import formats
 from deploy.notify import Notifier
 
 TICK_SECONDS = 0.2
@@ -95,6 +96,7 @@ def run(home: Path, config: Config, *, config_path: Path | None, view: View, onc
         with Watcher(config.inbox_dir(home), service.reception.wake, wake) as watcher:
             notifier.status(service.summary)  # whoever waits for the start may ask at once
             notifier.ready()
+            formats()  # Pillow's readers: the first drop would wait for them
             try:
                 while signals.name is None:
                     if signals.wants_reload:
