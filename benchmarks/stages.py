@@ -11,8 +11,9 @@ worker's stage of that name: making the views of the images, what the old model 
 steps, their checkpoints. Decoding, scoring, folding are not in it. So few --steps do as well as many for all
 else; 0 takes the preset's.
 
-Over random features a batch may learn too little and be held. Then it is promoted, as an operator would, and
-all of `dynlora promote` counts on top: it folds, verifies and examines once more, in a worker of its own.
+Over random features a batch may learn too little and be held. Then it is promoted, as an operator would who
+looks at it first: once a worker stands by again. All of `dynlora promote` counts on top: it folds, verifies
+and examines once more.
 
 The client asks again --pause seconds after each answer; with a large model and hardly a pause it keeps one
 core busy. With --cold no worker stands by. Nothing else should run on the machine: absolute times depend on
@@ -169,6 +170,8 @@ def measure(path: Path, drop: Path, *, is_cold: bool, pause_seconds: float) -> d
         dropped = time.time()
         submit(drop, path / "inbox")
         recorded = decided = home.wait_for_event("published", "held")
+        if decided["event"] == "held" and not is_cold:
+            home.wait_for_standby()
         ordered = time.time()
         if decided["event"] == "held":
             dynlora(path, "promote", decided["batch"], "--why", "a benchmark")

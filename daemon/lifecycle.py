@@ -61,8 +61,7 @@ class Lifecycle:
     """Works off the spool, batch by batch in the order they came."""
 
     def __init__(self, publisher: Publisher, launch: Launch) -> None:
-        self._publisher = publisher
-        self._launch = launch
+        self._publisher, self._launch = publisher, launch
         self._home = publisher.home
         self._spool, self._store, self._tell = publisher.spool, publisher.store, publisher.tell
         self._known = Knowledge(publisher.store)
@@ -208,13 +207,11 @@ class Lifecycle:
         batch = batch.with_attempt(datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"))
         self._spool.save(batch)  # before the worker exists: an attempt that kills us is counted
         self._publisher.drop_staging(batch_id)
-        config_path = self._launch.config_path
         arguments = (
-            *("adapt", "--home", str(self._home), "--config", str(config_path) if config_path else ""),
+            *("adapt", "--home", str(self._home), "--config", str(self._launch.config_path or "")),
             *("--batch", batch_id, "--parent", str(live)),
         )
-        log_path = self._spool.state_dir("work") / batch_id / LOG_NAME
-        worker = self.standby.start_worker(arguments, log_path)
+        worker = self.standby.start_worker(arguments, self._spool.state_dir("work") / batch_id / LOG_NAME)
         self._job = _Job(batch_id, live, worker, {"phase": "start"})
         self._tell("adapting", batch=batch_id, parent=live, attempt=len(batch.attempts), pid=worker.pid)
 

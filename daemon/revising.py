@@ -24,7 +24,7 @@ from daemon.grading import Grading, Stopwatch
 from daemon.live import Live, fitting_live
 from daemon.report import RESULT_DIR, Report, load_report, staging_name
 from daemon.spool import Spool
-from daemon.staging import Candidate, inherited, stage_candidate, write_beside_weights
+from daemon.staging import Candidate, Staged, inherited, stage_candidate, write_beside_weights
 from daemon.tasks import Order, union_of_classes
 from deploy.cpus import usable_cpus
 from deploy.delta import load_delta
@@ -116,15 +116,15 @@ def _revert(ground: Ground, outlet: Outlet) -> Report:
         before = _ask_live(ground, examiner, ground.parent_classes)
     with watch.stage("fold"):
         staging = store.stage(staging_name("revert", ground.batch_id), like=parent.version)
-        fold_lineage(store, parent.version, lineage, staging / WEIGHTS_NAME, told=outlet.tensors)
+        weights = fold_lineage(store, parent.version, lineage, staging / WEIGHTS_NAME, told=outlet.tensors)
         drift = write_beside_weights(staging, store, parent, classes, live=ground.live)
     draft = {
         "kind": "revert",
         "batch": infos[ground.batch_id].model_dump(),
         "lineage": [entry.model_dump() for entry in lineage],
-        "drift_norm": drift,
     }
-    return _finish(ground, staging, draft, examiner, before)
+    grading = Grading(store, parent, examiner, before, watch)
+    return _finish(ground, grading, Staged(staging, weights, drift), draft)
 
 
 def _promote(ground: Ground) -> Report:
@@ -162,23 +162,21 @@ def _promote(ground: Ground) -> Report:
         "method": held.manifest.get("method"),
         "ranks": held.manifest.get("ranks"),
         "delta_norm": delta.norm,
-        "drift_norm": staged.drift,
     }
-    return _finish(ground, staged.directory, draft, examiner, before)
+    return _finish(ground, Grading(store, parent, examiner, before, watch), staged, draft)
 
 
-def _finish(
-    ground: Ground, staging: Path, draft: dict[str, Any], examiner: Examiner, before: Grades
-) -> Report:
+def _finish(ground: Ground, grading: Grading, staged: Staged, draft: dict[str, Any]) -> Report:
     """Verify and grade what was staged."""
     parent, watch = ground.parent, ground.watch
-    grading = Grading(ground.store, parent, examiner, before, watch)
-    draft, exams = grading.of(staging, lambda files: draft | inherited(parent, files))
+    known = {WEIGHTS_NAME: staged.weights}
+    begun = draft | {"drift_norm": staged.drift}
+    draft, exams = grading.of(staged.directory, lambda files: begun | inherited(parent, files), known=known)
     return Report(
         batch=ground.batch_id,
         parent=parent.version,
         manifest=draft,
         exams=tuple(exams),
-        warnings=tuple(examiner.warnings),
+        warnings=tuple(grading.examiner.warnings),
         seconds=watch.seconds,
     )

@@ -20,14 +20,13 @@ from daemon.errors import DaemonError, WorkerError
 from daemon.gate import decide, decide_revert, overruled
 from daemon.lifecycle import Launch
 from daemon.publish import Publisher
-from daemon.reception import known
 from daemon.report import Report, staging_name
 from daemon.requests import Answer, Request, is_waiting
+from daemon.revisable import check_promotable, check_revertible
 from daemon.standby import Standby
 from daemon.supervisor import EXIT_DONE, Message, Worker
 from deploy import atomic
 from deploy.errors import DeployError, StoreError
-from deploy.lineage import reverted_batches
 from deploy.manifest import Decision
 from deploy.rebuild import adopt_rebuild
 from deploy.rebuild import staging_name as rebuild_staging_name
@@ -66,7 +65,7 @@ class Reviser:
     ) -> None:
         self._publisher, self._launch, self._pause_learning = publisher, launch, pause_learning
         self._standby = standby or Standby(launch.make_command, publisher.home, wake=launch.wake)
-        self._store, self._spool = publisher.store, publisher.spool
+        self._store = publisher.store
         self._job: _Job | None = None
 
     @property
@@ -164,7 +163,8 @@ class Reviser:
             arguments = ["rebuild", "--home", str(self._publisher.home), "--version", str(version)]
         else:
             batch_id = _named(request.batch, "a batch")
-            done = self._promoted(batch_id) if request.command == "promote" else self._reverted(batch_id)
+            check = check_promotable if request.command == "promote" else check_revertible
+            done = check(self._publisher, batch_id)
             if done is not None:
                 return done
             self._check_pin()
@@ -186,58 +186,6 @@ class Reviser:
         home, config = str(self._publisher.home), str(config_path) if config_path else ""
         named = ["--batch", batch_id, "--parent", str(self._store.current())]
         return [command, "--home", home, "--config", config, *named]
-
-    def _promoted(self, batch_id: str) -> Answer | None:
-        """The answer where there is nothing to promote: it is in the live version already, or was not held.
-
-        Raises:
-            DaemonError: it cannot be promoted; says what to do.
-        """
-        live = self._store.live_manifest()
-        self._publisher.finish_promoted()
-        if batch_id in {entry.batch for entry in live.lineage}:
-            version = self._store.published_batches()[batch_id].version
-            return Answer(exit_code=0, result={"live": live.version, "version": version, "already": True})
-        state = self._spool.find(batch_id)
-        if state == "held":
-            self._check_twin(batch_id)
-            return None
-        why = {
-            None: "there is no such batch; `dynlora status` lists those that were held",
-            "done": "it is not in the live version, nor held; drop its images again to learn them anew",
-            "failed": "it failed, so nothing was learnt that could be promoted",
-        }.get(state, "it is not judged yet: wait until it is published or held")
-        raise DaemonError(f"{batch_id} cannot be promoted: {why}")
-
-    def _check_twin(self, batch_id: str) -> None:
-        """Nobody else brought the same meanwhile.
-
-        Raises:
-            DaemonError: another batch did, and is in the live version.
-        """
-        content = self._spool.load(batch_id).content_sha256
-        twin = known(self._store).contents.get(content)
-        if twin is not None:
-            raise DaemonError(
-                f"{batch_id} cannot be promoted: {twin} brought the same and is in the live version"
-            )
-
-    def _reverted(self, batch_id: str) -> Answer | None:
-        """The answer where the batch was taken out already.
-
-        Raises:
-            DaemonError: it is not in the live version; says what is.
-        """
-        live = self._store.live_manifest()
-        batches = [entry.batch for entry in live.lineage]
-        if batch_id in batches:
-            return None
-        if (version := reverted_batches(self._store).get(batch_id)) is not None:
-            return Answer(exit_code=0, result={"live": live.version, "version": version, "already": True})
-        raise DaemonError(
-            f"{batch_id} cannot be reverted: version {live.version} was not learnt from it, but from "
-            f"{', '.join(batches) or 'no batch'}"
-        )
 
     def _check_pin(self) -> None:
         if (pin := self._store.pin()) is not None:

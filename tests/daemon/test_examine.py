@@ -12,7 +12,7 @@ from daemon.errors import BatchError, WorkerError
 from daemon.examine import Examiner
 from daemon.exams import keep_exam
 from daemon.tasks import load_task
-from deploy.manifest import load_classes
+from deploy.manifest import ClassEntry, load_classes
 from deploy.preprocess import Preprocessing
 from deploy.runtime import LoadedVersion
 
@@ -174,3 +174,20 @@ def test_exams_of_batches_that_were_taken_out_count_for_nothing(examiner, versio
     assert (exam.batch, exam.images) == ("000001-cat", 2)
     assert (exam.correct_before, exam.correct_after, exam.gained) == (0, 2, 2)
     assert before.cosines_with(after)["mean_text_cosine"] is None
+
+
+def test_known_names_are_graded_by_the_embeddings_that_clients_use_and_new_ones_are_asked(
+    version_dir, tmp_path
+):
+    """In the order of the exam; a known name in another template is a new one."""
+    known = load_classes(version_dir).classes
+    kettle = ClassEntry(name="kettle", key="kettle", template="a drawing of a {}.")
+    other = known[0].model_copy(update={"template": "a drawing of a {}."})
+    asked = [kettle, *reversed(known), other]
+    with LoadedVersion(version_dir, threads=1) as version:
+        names = Examiner(tmp_path, None, tmp_path, asked, threads=1).ask(version).names
+        rows = np.array(version.class_embeddings)
+        expected = version.embed_classes([entry.name for entry in asked], [entry.template for entry in asked])
+
+    assert np.array_equal(names[1:-1], rows[::-1])
+    assert np.allclose(names, expected, atol=1e-5)

@@ -119,9 +119,7 @@ def test_the_real_one_ends_with_its_daemon(tmp_path):
         "s = Standby(default_command, Path(sys.argv[1])); s.keep(0.0, 0);"
         "print(s.pid, flush=True); time.sleep(600)"
     )
-    daemon = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
-    )
+    daemon = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     pid = int(daemon.stdout.readline())
     daemon.kill()
     daemon.wait()
@@ -129,14 +127,62 @@ def test_the_real_one_ends_with_its_daemon(tmp_path):
     wait_for(lambda: is_gone(pid))
 
 
+def test_one_that_stands_by_for_another_version_is_replaced(stand):
+    """What it has opened is of no use any more, and keeps that version from being pruned."""
+    standby = stand(ECHO)
+    standby.keep(0.0, 1)
+    pid = standby.pid
+    standby.keep(1.0, 2)
+
+    assert standby.pid not in (None, pid)
+    assert is_gone(pid)
+
+
+def test_after_one_that_died_the_next_opens_nothing_until_one_has_had_its_order(tmp_path):
+    """What was opened may be what was too much for the machine."""
+    asked, codes = [], iter(["raise SystemExit(9)", ECHO, ECHO])
+
+    def make_command(*arguments):
+        asked.append(arguments)
+        return [sys.executable, "-c", next(codes)]
+
+    standby = Standby(make_command, tmp_path)
+    standby.keep(0.0, 0)
+    wait_for(lambda: is_gone(standby.pid))
+    standby.keep(1.0, 0)
+    standby.keep(1.0 + PAUSE_SECONDS, 0)
+    worker = standby.take(["adapt"], tmp_path / "worker.log")
+    wait_for(lambda: worker.poll() is not None)
+    standby.keep(2.0 + PAUSE_SECONDS, 0)
+    standby.stop()
+
+    opening = ("standby", "--home", str(tmp_path))
+    assert asked == [opening, ("standby",), opening]
+
+
+def test_a_worker_without_torch_leaves_the_one_that_stands_by_alone(stand, tmp_path):
+    """A rebuild is soon started, and the next batch finds torch imported."""
+    standby = stand(ECHO)
+    standby.keep(0.0, 0)
+    pid = standby.pid
+    worker = standby.start_worker(["rebuild", "--version", "1"], tmp_path / "worker.log")
+    worker.kill()
+
+    assert (standby.pid, worker.pid != pid) == (pid, True)
+
+
 def test_the_real_one_takes_an_order_and_tells_what_is_wrong_in_the_log_it_was_given(tmp_path):
-    """An order is parsed like a command line; its last words are where the batch's are looked for."""
+    """An order is parsed like a command line; its last words are where the batch's are looked for.
+
+    The home has no version that could be opened ahead: a line in the log, no more.
+    """
     standby = Standby(default_command, tmp_path)
     standby.keep(0.0, 0)
     worker = standby.take(["adapt", "--nonsense"], tmp_path / "worker.log")
     wait_for(lambda: worker.poll() is not None, seconds=120)
 
     assert worker.poll() == 2
+    assert "the live version was not opened ahead: " in (tmp_path / "standby.log").read_text()
     assert "--nonsense" in (tmp_path / "worker.log").read_text() or "required" in worker.why_it_failed(2)
 
 

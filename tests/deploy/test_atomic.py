@@ -57,6 +57,20 @@ def test_a_failed_fsync_is_not_retried_and_leaves_the_old_file(
     assert names(tmp_path) == {"a"}
 
 
+def test_a_file_of_a_directory_that_is_flushed_later_is_whole_at_once_and_not_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither itself nor its directory: that is for whoever publishes all of it."""
+
+    def fsync(_descriptor: int) -> None:
+        raise AssertionError("flushed")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic.write_text(tmp_path / "file", "whole", is_flushed=False)
+
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "whole")]
+
+
 def test_json_and_text_are_utf_8_as_people_wrote_them(tmp_path: Path) -> None:
     """Names in any script stay readable in the files."""
     atomic.write_json(tmp_path / "a.json", {"name": "Bäckerei 🥐"})

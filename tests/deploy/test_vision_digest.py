@@ -7,7 +7,7 @@ import pytest
 
 from deploy.errors import VerifyError
 from deploy.manifest import WEIGHTS_NAME
-from deploy.vision_digest import vision_digest
+from deploy.vision_digest import is_same_tower, vision_digest
 from deploy.weights import read_layout
 
 
@@ -31,9 +31,11 @@ def test_a_text_tensor_changes_nothing_and_every_vision_tensor_everything(versio
     assert vision_digest(copy) == before
     change(copy, next(key for key in keys if key.startswith("token_embedding")))
     assert vision_digest(copy) == before
+    assert is_same_tower(copy, version_dir)
     for key in (vision[0], vision[-1]):
         change(copy, key)
         assert vision_digest(copy) != before
+        assert not is_same_tower(copy, version_dir)
         change(copy, key)
     assert vision_digest(copy) == before
 

@@ -16,6 +16,7 @@ from daemon.config_sources import load_config
 from daemon.lifecycle import Launch
 from daemon.progress import LineView
 from daemon.service import Service
+from daemon.standby import Standby
 from daemon.supervisor import default_command
 from daemon.worker import NO_MEMORY, is_refused_memory
 from tests.daemon.running.conftest import Bench
@@ -154,6 +155,6 @@ def test_a_worker_that_is_refused_memory_says_so(e2e_home, serve, megabytes):
     [batch] = bench.spool.ids("queued")
 
     assert outcomes(bench, batch)[0] == f"failed: {NO_MEMORY}"
-    bench.service._lifecycle._launch = Launch(config_path=e2e_home.path / "config.toml")
+    bench.service._lifecycle.standby = Standby(default_command, e2e_home.path)
     bench.tick_until(lambda: bench.store.current() == 1, seconds=300)
     assert bench.state() == {"done": [batch]}

@@ -11,6 +11,7 @@ from daemon.events import EventLog
 from daemon.exams import load_exams
 from daemon.report import ExamResult
 from daemon.requests import Answer, Request
+from daemon.standby import Standby
 from deploy import space
 from deploy.manifest import DELTA_NAME, load_classes
 from tests.daemon.running.tiny_home import TinyHome, batch_name
@@ -70,6 +71,23 @@ def test_a_promoted_batch_is_published_on_top_of_whatever_is_live_by_now(tiny):
     assert events(tiny, "promoted") == [
         {"batch": batch, "version": 5, "who": "ann", "why": "ann decided: the exam was too small"}
     ]
+
+
+@pytest.mark.parametrize("command", ["promote", "revert"])
+def test_the_worker_that_stands_by_is_given_a_promotion_or_a_revert(tiny, command):
+    """As a batch would be: importing torch and opening the live version are most of what they wait for."""
+    batch = tiny.add("held", 4) if command == "promote" else batch_name(3)
+    given = tiny.home / "given.json"
+    standby = Standby(lambda *_: ["sh", "-c", f"cat > {given}"], tiny.home)
+    tiny.service._reviser._standby = standby
+    standby.keep(0.0, 3)
+
+    answer = order(tiny, command, batch=batch)
+
+    arguments = json.loads(given.read_text())["arguments"]
+    assert (arguments[0], arguments[-3:]) == (command, [batch, "--parent", "3"])
+    assert standby.pid is None
+    assert answer.exit_code == 1  # it said nothing of what it had done
 
 
 def test_a_revert_that_loses_too_much_is_refused_with_3_unless_the_operator_insists(tiny):
