@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import worker
+from daemon import standing_by
 from daemon.errors import ConfigError
 from daemon.founding import plain_tokenizer_json, read_class_names
 from deploy.opening import open_tokenizer
@@ -31,7 +31,7 @@ def test_a_file_of_comments_holds_no_name(tmp_path):
 
 def test_a_worker_that_stands_by_has_clips_tokenizer_ready():
     """A version that carries it is opened without reading the file, which takes a tenth of a second."""
-    worker._get_ready()
+    standing_by._get_ready()
     sha256 = hashlib.sha256(plain_tokenizer_json(plain_tokenizer(77)).encode()).hexdigest()
     tokenizer = open_tokenizer(Path("nowhere"), sha256)
     assert tokenizer(["a hat"])[0, :4].tolist() == [49406, 320, 3801, 49407]
