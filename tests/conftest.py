@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ LONGEST = (
     *("tests/examples/test_pretrain.py", "tests/benchmarks/test_stream.py", "tests/deploy/test_export.py"),
     *("tests/daemon/running/test_analyze.py", "tests/deploy/test_client.py"),
 )
+
+
+def pytest_configure() -> None:
+    """Programs under test hear signals that whoever started us ignores, as nohup and a script's `&` do."""
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def scope_of(nodeid: str) -> str:

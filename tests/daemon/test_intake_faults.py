@@ -10,6 +10,7 @@ from daemon.batch import BATCH_FILE
 from daemon.claim import read_claim
 from daemon.compose import Known
 from daemon.delivery import without
+from daemon.lifecycle import Launch
 from daemon.progress import LineView
 from daemon.service import Service
 from daemon.taking import MAX_CRASHES
@@ -195,7 +196,7 @@ def test_a_drop_does_not_fail_for_a_fault_of_the_home(bench, caplog, is_claimed:
     else:
         bench.class_folder("dress", 5)
     current = break_store(bench.home)
-    service = Service(bench.home, bench.config, view=LineView(), launch=None)  # type: ignore[arg-type]
+    service = Service(bench.home, bench.config, view=LineView(), launch=Launch())
 
     for now in (0.0, 60.0):
         service.tick(now)
