@@ -85,14 +85,12 @@ def adapt_batch(order: Order, *, outlet: Outlet, stop: StopFlag, ahead: Live | N
         classes = union_of_classes(load_classes(parent_dir).classes, batch)
         taken_out = frozenset(reverted_batches(store))
         examiner = Examiner(home, batch, work_dir, classes, threads=plan.threads, without=taken_out)
-    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
+    with ThreadPoolExecutor(1, thread_name_prefix="decode") as beside:
         decoding = beside.submit(load_task, batch, work_dir, live.loaded.preprocessing, classes)
-        checking = beside.submit(live.check_again)
         with watch.stage("score"):
             before = live.ask(examiner, runs_at_once=plan.threads)
         with watch.stage("decode", is_told=False):  # what scoring has left of it
             task = replace(decoding.result(), moments=moments.general, seen=moments.seen)
-            checking.result()
     with watch.stage("train"):  # with the choice of how: it takes as long as a few steps
         if stored is None:
             plan = _with_trials(plan, live.clip, task, config)

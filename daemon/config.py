@@ -81,7 +81,9 @@ class LearningConfig(Section):
     checkpoint_seconds: float = Field(60.0, gt=0)
     stop_seconds: float = Field(60.0, gt=0)
     silent_seconds: float = Field(3600.0, gt=0)  # without a sign of progress: it hangs and is killed
-    standby: bool = True  # while nothing is to be learnt, a worker has imported torch and waits
+    standby: bool = (
+        True  # while nothing is to be learnt, a worker waits with torch imported and the live version open
+    )
 
 
 class ExamConfig(Section):

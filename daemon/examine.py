@@ -4,7 +4,7 @@ Always over the union of all known names, the new ones included: that is what a 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -140,12 +140,14 @@ class Examiner:
         classes: Sequence[ClassEntry] | None = None,
         *,
         tower: str | None = None,
+        before_keeping: Callable[[], None] = lambda: None,
     ) -> Grades:
         """Ask one version everything. It need not be published, but be complete, manifest.json included.
 
         Args:
             classes: the names to choose from; by default those of the version to come.
             tower: digest of its vision tower, where that is known.
+            before_keeping: called before an answer is kept for later versions; what it raises ends all.
 
         Raises:
             BatchError: an image of the batch's own exam cannot be read.
@@ -155,7 +157,7 @@ class Examiner:
         names = _embed_names(version, asked)
         tower = tower or self._tower_of(version.directory)
         self._asked = version.directory, tower
-        graded = [self._embed(version, sheet, tower) for sheet in self.sheets]
+        graded = [self._embed(version, sheet, tower, before_keeping) for sheet in self.sheets]
         self.sheets = [sheet for sheet, _ in graded if sheet.files or sheet.batch == self._own]
         self._is_settled = True
         embeddings = {sheet.batch: rows for sheet, rows in graded if sheet in self.sheets}
@@ -184,7 +186,9 @@ class Examiner:
             return self._asked[1]
         return vision_digest(directory)
 
-    def _embed(self, version: LoadedVersion, sheet: Sheet, tower: str) -> tuple[Sheet, Float32]:
+    def _embed(
+        self, version: LoadedVersion, sheet: Sheet, tower: str, before_keeping: Callable[[], None]
+    ) -> tuple[Sheet, Float32]:
         """Embeddings (images, dim), and the sheet they are of: without what had to be left out."""
         kept: list[int] = []
         dim, is_new = version.manifest.embed_dim, False
@@ -210,6 +214,7 @@ class Examiner:
             answers=tuple(sheet.answers[index] for index in kept),
         )
         if is_new:
+            before_keeping()
             # Besides what was asked now: images of a name that left for a while keep their rows.
             self._memory.save(sheet.directory, tower, {**remembered, **self._rows(left, tower)})
         none = np.zeros((0, dim), np.float32)

@@ -1,9 +1,9 @@
 """The live version as a worker has it in memory: for torch to learn from, and for ONNX Runtime to ask.
 
 Opened when there is an order, or ahead of it by a worker that stands by. What was opened ahead counts only
-where the order names the same version with the same manifest.json, byte for byte, and all its files are read
-and hashed again before anything is made from them: they may have lain there for days meanwhile. Runs in the
-worker only.
+where the order names the same version with the same manifest.json, byte for byte, and the files that were
+opened are those that lie there now. They are hashed again before anything that is made from them is kept:
+they may have lain there for days. Runs in the worker only.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from deploy.manifest import (
     OPEN_CLIP_CONFIG_NAME,
     WEIGHTS_NAME,
     ClassEntry,
+    Manifest,
     load_manifest,
 )
 from deploy.memory import free_memory_bytes
@@ -33,6 +34,7 @@ from dynlora.clip import Clip, load_version
 
 _COPIES = 2  # of the weights: torch's and ONNX Runtime's
 _SHARE_OF_MEMORY = 0.25  # of what is free, at most, for a worker that only waits
+Files = dict[str, tuple[int, int, int, int]]
 _WARM_ROWS = 4  # as many as are asked at once later on
 
 
@@ -43,6 +45,7 @@ class Live:
     Attributes:
         directory: versions/N, resolved.
         manifest_content: its manifest.json when it was opened.
+        opened: which files were opened, by `_files_of`; ONNX Runtime maps them.
         is_ahead: it was opened before there was an order.
         tower: digest of its vision tower, where that has been computed.
         reference_embeds: torch's answer to the reference pixels, where that has been computed.
@@ -50,6 +53,7 @@ class Live:
 
     directory: Path
     manifest_content: bytes
+    opened: Files
     clip: Clip
     loaded: LoadedVersion
     is_ahead: bool = False
@@ -57,17 +61,37 @@ class Live:
     reference_embeds: NDArray[np.float32] | None = None
 
     def fits(self, directory: Path) -> bool:
-        """Whether this is the version in a directory, with the manifest that it has there now."""
+        """Whether this is the version in a directory, with the manifest and the files it has there now."""
         path = directory.resolve()
-        return path == self.directory and (path / MANIFEST_NAME).read_bytes() == self.manifest_content
+        return (
+            path == self.directory
+            and (path / MANIFEST_NAME).read_bytes() == self.manifest_content
+            and _files_of(path, self.loaded.manifest) == self.opened
+        )
+
+    def close(self) -> None:
+        """Let go of both halves; nothing can be asked any more."""
+        self.loaded.close()
+        del self.clip  # who started us still has this object, but nobody needs a second model
 
     def ask(
         self, examiner: Examiner, classes: Sequence[ClassEntry] | None = None, *, runs_at_once: int
     ) -> Grades:
-        """Let ONNX Runtime answer the exams (`Examiner.ask`), then close it: learning needs the memory."""
-        with self.loaded as loaded:
+        """Let ONNX Runtime answer the exams (`Examiner.ask`), then close it: learning needs the memory.
+
+        Beside it the files of what was opened ahead are read once more; answers are kept only if they are
+        what they were.
+
+        Raises:
+            VerifyError: a file is not any more what it was.
+        """
+        with self.loaded as loaded, ThreadPoolExecutor(1, thread_name_prefix="check") as beside:
             loaded.runs_at_once = runs_at_once
-            return examiner.ask(loaded, classes, tower=self.tower)
+            checking = beside.submit(self.check_again)
+            try:
+                return examiner.ask(loaded, classes, tower=self.tower, before_keeping=checking.result)
+            finally:
+                checking.result()  # a damaged file explains whatever went wrong
 
     def check_again(self) -> None:
         """Read the files of what was opened ahead once more; what was opened just now has been read.
@@ -92,15 +116,18 @@ def open_live(directory: Path) -> Live:
         VerifyError, ManifestError, ModelError: it cannot be used; says why.
     """
     directory = directory.resolve()
-    manifest = load_manifest(directory)
+    manifest, content = load_manifest(directory), (directory / MANIFEST_NAME).read_bytes()
+    files = _files_of(directory, manifest)
     with ThreadPoolExecutor(1, thread_name_prefix="open") as beside:
         opening = beside.submit(LoadedVersion, directory, threads=1, runs_at_once=usable_cpus())
         try:
             config_path, weights_path = directory / OPEN_CLIP_CONFIG_NAME, directory / WEIGHTS_NAME
             clip = load_version(config_path, weights_path, manifest.architecture)
-        finally:
-            loaded = opening.result()
-    return Live(directory, (directory / MANIFEST_NAME).read_bytes(), clip, loaded)
+        except BaseException:
+            opening.result().close()
+            raise
+        loaded = opening.result()
+    return Live(directory, content, files, clip, loaded)
 
 
 def take_live(ahead: Live | None, directory: Path) -> Live:
@@ -116,7 +143,7 @@ def take_live(ahead: Live | None, directory: Path) -> Live:
 def fitting_live(ahead: Live | None, directory: Path) -> Live | None:
     """What was opened ahead if it is the version in a directory; else it is let go."""
     if ahead is not None and not ahead.fits(directory):
-        ahead.loaded.close()
+        ahead.close()
         return None
     return ahead
 
@@ -140,11 +167,21 @@ def open_ahead(home: Path, *, is_wanted: Callable[[], bool]) -> Live | None:
         return None
     live = open_live(directory)
     live.is_ahead = True
-    for prepare in (_compute_tower, _warm_up, _compute_reference):
-        if not is_wanted():
-            break
-        prepare(live)
+    try:
+        for prepare in (_compute_tower, _warm_up, _compute_reference):
+            if not is_wanted():
+                break
+            prepare(live)
+    except BaseException:
+        live.close()
+        raise
     return live
+
+
+def _files_of(directory: Path, manifest: Manifest) -> Files:
+    """What tells a file from another put in its place: device, inode, size and time of its content."""
+    found = {name: (directory / name).stat() for name in manifest.files if (directory / name).exists()}
+    return {name: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found.items()}
 
 
 def _compute_tower(live: Live) -> None:

@@ -10,7 +10,6 @@ Nothing outside the store's staging directory is written, but for what is rememb
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,20 +87,16 @@ def revise(command: str, order: Order, *, outlet: Outlet, ahead: Live | None = N
         DeployError, DaemonError: a version, a delta or the batch cannot be used; says which and what to do.
     """
     home, store = order.home, VersionStore(order.home / "serving")
+    parent = store.manifest(order.parent)
     live = fitting_live(ahead, store.path(order.parent))
-    watch = Stopwatch(outlet)
-    ground = Ground(home, order.batch_id, store, store.manifest(order.parent), order.config, watch, live)
+    ground = Ground(home, order.batch_id, store, parent, order.config, Stopwatch(outlet), live)
     return _promote(ground) if command == "promote" else _revert(ground, outlet)
 
 
 def _ask_live(ground: Ground, examiner: Examiner, classes: Sequence[ClassEntry] | None = None) -> Grades:
     if ground.live is None:
         return examiner.grade(ground.parent_dir, classes)
-    with ThreadPoolExecutor(1, thread_name_prefix="check") as beside:
-        checking = beside.submit(ground.live.check_again)
-        grades = ground.live.ask(examiner, classes, runs_at_once=ground.threads)
-        checking.result()
-    return grades
+    return ground.live.ask(examiner, classes, runs_at_once=ground.threads)
 
 
 def _revert(ground: Ground, outlet: Outlet) -> Report:

@@ -55,7 +55,7 @@ class Service:
         self._store = VersionStore(home / "serving", sign=signer(config))
         self._events = EventLog(home, max_bytes=config.log.events_max_bytes)
         self._status = StatusFile(home)
-        lane = Lane(home, config_path=launch.config_path, wake=launch.wake) if launch else None
+        lane = Lane(home, config_path=launch.config_path, wake=launch.wake)
         self.reception = Reception(home, config, tell=self.tell, lane=lane)
         self._publisher = Publisher(home, config, self._spool, self._store, self.tell)
         self._lifecycle = Lifecycle(self._publisher, launch)

@@ -10,7 +10,8 @@ which all names share. No image of the past is needed or kept.
     shrink  a small update rather than a large one
 
 What own images ask for is a mean over them: one class alone would pull as much as ten together. So a batch of
-few classes guards, holds and shrinks more: many small batches move the model about as much as one large one.
+few classes holds, shrinks and, given the model's moments, guards more: many small batches move the model
+about as much as one large one.
 
 "Learning to Name Classes for Vision and Language Models" (arXiv 2304.01830) learns token embeddings of
 classes; here they are updates of the model's own rows, merged and ranked as every other matrix is.

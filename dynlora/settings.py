@@ -49,7 +49,7 @@ class Settings:
     keep: float = 10.0  # or if it was one of the batch's
     hold: float = 80.0
     shrink: float = 0.025  # of ‖ΔW‖²
-    few_classes: int = 5  # a task of fewer guards, holds and shrinks more, in proportion
+    few_classes: int = 5  # a task of fewer holds, shrinks and, given moments, guards more, in proportion
     known_factor: float = 8.0  # a known name weighs as much as so many others
     names_per_step: int = 48  # of each kind of names that are held, looked at in a step
     views: int = 2  # crops of each image, drawn once

@@ -25,10 +25,13 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    """Programs under test hear signals that whoever started us ignores, as nohup and a script's `&` do."""
-    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    """Programs under test hear signals that whoever started us ignores, as nohup and a script's `&` do.
+
+    We go on ignoring them, by a handler: other than SIG_IGN, that is not inherited.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, handler)
+            signal.signal(number, lambda *_: None)
 
 
 def scope_of(nodeid: str) -> str:

@@ -1,13 +1,18 @@
 """What a worker opens ahead of its order: used where it is the version that the order names, else let go."""
 
 import fcntl
+import gc
+import os
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 
 from daemon import live as live_module
+from daemon.exam_embeddings import EMBEDDINGS_NAME
 from daemon.examine import Examiner
+from daemon.exams import keep_exam
 from daemon.live import fitting_live, open_ahead, open_live, take_live
 from daemon.staging import write_beside_weights
 from deploy.arrays import read_arrays
@@ -24,6 +29,7 @@ from deploy.store import VersionStore
 from deploy.verify import measure_parity
 from deploy.vision_digest import vision_digest
 from deploy.weights import read_weights
+from tests.daemon.test_examine import make_batch
 
 
 @pytest.fixture
@@ -47,13 +53,27 @@ def is_held(directory):
     return False
 
 
-def changed(directory, name):
-    """Another last byte of a file that nobody should change."""
+def rot(directory, name):
+    """Another last byte of a file, and nothing about the file that tells of it."""
     path = directory / name
+    was = path.stat()
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.chmod(0o644)
     path.write_bytes(content)
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+def keep_exam_of(home):
+    """An exam of two images is kept; returns where."""
+    work = home / "work-1"
+    keep_exam(home, make_batch(1, work), work, max_images_per_class=9)
+    return home / "exams" / "000001-cat"
+
+
+def examiner_of(home, directory):
+    """For all exams that are kept."""
+    return Examiner(home, None, home, load_classes(directory).classes, threads=1)
 
 
 def test_what_was_opened_ahead_is_the_live_version_with_what_every_order_begins_with(home):
@@ -95,16 +115,67 @@ def test_a_version_of_the_same_number_with_another_manifest_is_not_the_same(home
     assert not is_held(directory)
 
 
-def test_weights_that_changed_since_they_were_opened_are_found_before_anything_is_made_of_them(home):
-    """A worker may stand by for days; the fold reads the file, not what is in memory."""
-    directory = VersionStore(home / "serving").path(0)
+def test_weights_that_rotted_since_they_were_opened_are_found_and_no_answer_of_theirs_is_kept(home):
+    """A worker may stand by for days, and ONNX Runtime reads the file as it is needed."""
+    directory, exam = VersionStore(home / "serving").path(0), keep_exam_of(home)
     ahead, now = open_ahead(home, is_wanted=always), open_live(directory)
-    changed(directory, WEIGHTS_NAME)
+    rot(directory, WEIGHTS_NAME)
 
     assert ahead.fits(directory)
     with pytest.raises(VerifyError, match=r"weights\.safetensors has other content than was published"):
-        ahead.check_again()
-    now.check_again()  # opened for the order: its files were read then
+        ahead.ask(examiner_of(home, directory), runs_at_once=1)
+    assert not (exam / EMBEDDINGS_NAME).exists()
+    now.ask(examiner_of(home, directory), runs_at_once=1)  # opened for the order: its files were read then
+    assert (exam / EMBEDDINGS_NAME).exists()
+
+
+def test_a_good_file_put_in_the_place_of_one_that_is_open_is_not_what_is_open(home):
+    """As a rebuild does, under the same number and manifest: the open one may be damaged."""
+    directory = VersionStore(home / "serving").path(0)
+    ahead = open_ahead(home, is_wanted=always)
+    path = directory / WEIGHTS_NAME
+    shutil.copy2(path, home / "copy")
+    (home / "copy").replace(path)
+
+    assert fitting_live(ahead, directory) is None
+    assert not is_held(directory)
+
+
+def test_what_is_let_go_leaves_no_second_model_in_memory(home, publish_random_version):
+    """Though whoever started the order still has the object."""
+    store = VersionStore(home / "serving")
+    ahead = open_ahead(home, is_wanted=always)
+    model = weakref.ref(ahead.clip.model)
+    publish_random_version(home / "serving", 3)
+
+    assert fitting_live(ahead, store.path(1)) is None
+    gc.collect()
+    assert model() is None
+
+
+def test_a_version_that_cannot_be_prepared_is_not_held(home, monkeypatch):
+    """A standby that failed half way keeps nobody from pruning."""
+
+    def fail(_live):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(live_module, "_compute_reference", fail)
+    with pytest.raises(RuntimeError):
+        open_ahead(home, is_wanted=always)
+    assert not is_held(VersionStore(home / "serving").path(0))
+
+
+def test_a_version_that_torch_cannot_load_is_not_held(home, monkeypatch):
+    """ONNX Runtime's half, opened beside it, is closed."""
+
+    def fail(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(live_module, "load_version", fail)
+    directory = VersionStore(home / "serving").path(0)
+    with pytest.raises(RuntimeError):
+        open_live(directory)
+    assert not is_held(directory)
 
 
 @pytest.mark.parametrize("short", ["memory", "time"])
@@ -127,7 +198,7 @@ def test_an_order_that_comes_meanwhile_does_not_wait_for_what_it_can_do_without(
     assert (live.tower, live.reference_embeds) == (None, None)
 
 
-def test_what_is_staged_from_it_is_the_same_to_the_byte(home):
+def test_what_is_staged_from_it_is_the_same(home):
     """Class embeddings, and torch's reference outputs, which an unchanged vision tower does not repeat."""
     store = VersionStore(home / "serving")
     ahead, key = open_ahead(home, is_wanted=always), "transformer.resblocks.0.mlp.c_fc.weight"
@@ -145,13 +216,12 @@ def test_what_is_staged_from_it_is_the_same_to_the_byte(home):
         write_folded(staging / WEIGHTS_NAME, weights, [delta])
         classes = load_classes(store.path(0)).classes
         drift = write_beside_weights(staging, store, store.manifest(0), classes, live=live)
-        names = (CLASS_EMBEDDINGS_NAME, REFERENCE_NAME)
-        arrays = read_arrays(staging / REFERENCE_NAME)
-        found.append((drift, [(staging / name).read_bytes() for name in names], arrays))
+        embeddings = (staging / CLASS_EMBEDDINGS_NAME).read_bytes()
+        found.append((drift, embeddings, read_arrays(staging / REFERENCE_NAME)))
 
     assert ahead.reference_of(staging) is ahead.reference_embeds
     assert found[0][0] == found[1][0] > 0
-    assert found[0][1][0] == found[1][1][0]
+    assert found[0][1] == found[1][1]
     assert all(np.allclose(array, found[1][2][name], atol=1e-6) for name, array in found[0][2].items())
     assert max(measure_parity(staging).values()) < 1e-5
 
@@ -174,12 +244,16 @@ def test_another_vision_tower_is_asked_anew(home):
 
 def test_grades_do_not_depend_on_whether_the_version_was_opened_ahead(home):
     """The digest that was computed ahead is the one that what is remembered of exams goes by."""
-    directory = VersionStore(home / "serving").path(0)
-    classes = load_classes(directory).classes
-    grades = [
-        live.ask(Examiner(home, None, home, classes, threads=1), runs_at_once=1)
-        for live in (open_live(directory), open_ahead(home, is_wanted=always))
-    ]
+    directory, exam = VersionStore(home / "serving").path(0), keep_exam_of(home)
+    grades, kept = [], []
+    for live in (open_live(directory), open_ahead(home, is_wanted=always)):
+        grades.append(live.ask(examiner_of(home, directory), runs_at_once=1))
+        kept.append((exam / EMBEDDINGS_NAME).read_bytes())
+        (exam / EMBEDDINGS_NAME).unlink()
 
+    assert kept[0] == kept[1]
     assert np.array_equal(grades[0].names, grades[1].names)
+    [embeddings] = grades[0].embeddings.values()
+    assert np.array_equal(embeddings, *grades[1].embeddings.values())
+    assert embeddings.shape == (2, 128)
     assert not is_held(directory)
