@@ -6,6 +6,7 @@ removes, so a fault can be put before any change of the disk, and a trace of the
 goes around (tests/faults).
 """
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PIECE_BYTES = 8 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # of Linux alone, and not of os
 
 
 def open_file(path: Path, flags: int, mode: int = 0o644) -> int:
@@ -77,6 +80,16 @@ def reserve(descriptor: int, size_bytes: int) -> None:
 def truncate(descriptor: int, size_bytes: int) -> None:
     """Cut a file to this size."""
     os.ftruncate(descriptor, size_bytes)
+
+
+def begin_flush(descriptor: int, offset: int, size_bytes: int) -> None:
+    """Let the system begin to write a range to the disk: no promise, just less left to do for `fsync`.
+
+    An error that it meets is kept for that `fsync`, which reports it: nothing here waits for the result.
+    """
+    if _sync_file_range is not None:
+        flags = ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
+        _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size_bytes), flags)
 
 
 def fsync(descriptor: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import atomic
+from deploy import atomic, disk
 
 
 def names(directory: Path) -> set[str]:
@@ -201,3 +201,34 @@ def test_a_rename_flushes_both_directories(tmp_path: Path, monkeypatch: pytest.M
     atomic.rename(tmp_path / "from" / "x", tmp_path / "to" / "y")
     assert flushed == [str(tmp_path / "to"), str(tmp_path / "from")]
     assert (tmp_path / "to" / "y").read_text() == "x"
+
+
+def test_a_large_file_is_begun_to_be_flushed_while_it_is_written_and_flushed_whole_at_the_end(
+    tmp_path, monkeypatch
+):
+    """Ranges without a gap, each already written; the last word is fsync's."""
+    told = []
+    begin, flush = disk.begin_flush, disk.fsync
+
+    def begun(descriptor, offset, size):
+        assert os.fstat(descriptor).st_size >= offset + size
+        told.append((offset, size))
+        begin(descriptor, offset, size)
+
+    monkeypatch.setattr(disk, "begin_flush", begun)
+    monkeypatch.setattr(disk, "fsync", lambda descriptor: (told.append("fsync"), flush(descriptor)))
+    pieces = [bytes([n]) * (7 << 20) for n in range(7)]
+
+    atomic.write_file(tmp_path / "large", (memoryview(piece) for piece in pieces))
+
+    assert (tmp_path / "large").read_bytes() == b"".join(pieces)
+    assert told == [(0, 21 << 20), (21 << 20, 21 << 20), "fsync", "fsync"]
+
+
+def test_where_the_system_knows_no_such_call_files_are_written_as_ever(tmp_path, monkeypatch):
+    """It is no part of POSIX."""
+    monkeypatch.setattr(disk, "_sync_file_range", None)
+
+    atomic.write_file(tmp_path / "large", (bytes(9 << 20) for _ in range(2)))
+
+    assert (tmp_path / "large").stat().st_size == 18 << 20
