@@ -95,7 +95,7 @@ def test_no_system_call_that_changes_a_home_goes_around_the_door(tmp_path, trace
     live("run", "--once", code=1)
     live("discard", failed)
     # Held for too small a gain: more than two steps bring, and less than all, so that there is room for it.
-    home.configure(steps=2, min_gain=0.8, exam=0.6)
+    home.configure(steps=2, min_gain=0.4, exam=0.6)
     live("submit", str(next((IMAGES / "drop").glob("*/hat"))))
     live("run", "--once", code=3)
     live("promote", *home.spool.ids("held"))

@@ -28,8 +28,8 @@ def marked(function):
             os.access("/door/out", os.F_OK)
     return call
 
-for name in ("open_file", "write", "write_once", "reserve", "truncate", "fsync", "rename", "symlink",
-             "unlink", "mkdir", "make_dirs", "remove_tree"):
+for name in ("open_file", "write", "write_once", "reserve", "truncate", "fsync", "begin_flush", "rename",
+             "symlink", "unlink", "mkdir", "make_dirs", "remove_tree"):
     setattr(disk, name, marked(getattr(disk, name)))
 """
 _OPENS = {"open", "openat", "openat2", "creat"}
