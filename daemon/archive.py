@@ -15,6 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -41,7 +42,7 @@ _DAMAGE = (
     zlib.error,
     lzma.LZMAError,
     EOFError,
-    RuntimeError,  # a compression that this Python lacks, or (NotImplementedError) that zipfile does not know
+    RecursionError,  # of tarfile, by header after header before a member
     ValueError,
 )
 
@@ -101,7 +102,8 @@ def extract(archive: Path, target: Path, *, config: InboxConfig) -> list[tuple[s
     """Unpack into the empty directory `target`; returns (member, why it was passed over).
 
     Raises:
-        ArchiveError: damaged, encrypted, or beyond a limit. What was unpacked so far is left in `target`.
+        ArchiveError: damaged, encrypted, of an unknown method, or beyond a limit. What was unpacked so far
+            is left in `target`.
         NoSpaceError: the disk is full, or would be.
     """
     meter = _Meter(archive, config, packed_bytes=archive.stat().st_size)
@@ -123,7 +125,9 @@ def extract(archive: Path, target: Path, *, config: InboxConfig) -> list[tuple[s
 
 def _extract_zip(archive: Path, target: Path, meter: _Meter) -> None:
     _check_zip_table(archive, meter)
-    with zipfile.ZipFile(archive) as packed:
+    with _known_methods(archive):
+        packed = zipfile.ZipFile(archive)
+    with packed:
         infos = packed.infolist()
         if any(info.flag_bits & 0x1 for info in infos):
             raise ArchiveError(f"{archive.name} is encrypted; send it without a password")
@@ -133,7 +137,24 @@ def _extract_zip(archive: Path, target: Path, meter: _Meter) -> None:
             mode = info.external_attr >> 16
             kind = "folder" if info.is_dir() else "link" if stat.S_ISLNK(mode) else "file"
             member = _Member(info.filename.replace("\\", "/"), kind)
-            _unpack(member, target, meter, partial(packed.open, info))
+            _unpack(member, target, meter, partial(_open_zipped, archive, packed, info))
+
+
+def _open_zipped(archive: Path, packed: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    with _known_methods(archive):
+        return packed.open(info)
+
+
+@contextmanager
+def _known_methods(archive: Path) -> Iterator[None]:
+    """Say what to do about a method that this Python lacks or (NotImplementedError) zipfile does not know."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ArchiveError(
+            f"{archive.name} is packed in a way that cannot be read here ({error}); "
+            "pack it again as a plain zip"
+        ) from error
 
 
 def _check_zip_table(archive: Path, meter: _Meter) -> None:

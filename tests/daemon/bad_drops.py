@@ -78,13 +78,22 @@ def _member(name: str, *, twice: bool = False, kind: bytes = tarfile.REGTYPE) ->
     return drop
 
 
-def _encrypted(bench: Any) -> None:
+def _changed_zip(bench: Any, offset: int, value: int) -> None:
+    """One byte of its member's entry in the table of contents is another."""
     path = bench.inbox / "drop.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("cup/0.png", b"x")
     content = bytearray(path.read_bytes())
-    content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag of an encrypted member, in the table
+    content[content.index(b"PK\x01\x02") + offset] = value
     path.write_bytes(content)
+
+
+def _encrypted(bench: Any) -> None:
+    _changed_zip(bench, 8, 1)  # flags
+
+
+def _of_unknown_method(bench: Any) -> None:
+    _changed_zip(bench, 10, 99)  # compression method
 
 
 def _same_in_two(bench: Any) -> None:
@@ -177,6 +186,7 @@ DROPS: dict[str, Callable[[Any], object]] = {
     "the same drop again": _twice,
     "damaged archive": lambda bench: (bench.inbox / "cup.zip").write_bytes(b"PK"),
     "encrypted archive": _encrypted,
+    "archive of an unknown method": _of_unknown_method,
     "archive that unpacks to too much": _too_much,
     "archive of too many members": _too_many,
     "member that leads out": _member("../cup/x.png"),

@@ -231,6 +231,21 @@ def test_an_encrypted_archive_fails_with_what_to_do(bench) -> None:
     assert "spring.zip is encrypted; send it without a password" in message
 
 
+@pytest.mark.parametrize(("offset", "why"), [(10, "compression method"), (6, "zip file version 9.9")])
+def test_a_zip_packed_in_an_unknown_way_is_not_called_damaged(bench, offset: int, why: str) -> None:
+    """Whether its member says so when it is read, or the table when the archive is opened."""
+    archive = pack(bench.inbox / "spring.zip", contents(bench))
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"PK\x01\x02") + offset] = 99
+    archive.write_bytes(content)
+
+    (message,) = bench.settle()
+
+    assert "spring.zip is packed in a way that cannot be read here" in message
+    assert why in message
+    assert "pack it again as a plain zip" in message
+
+
 def test_names_that_collide_or_do_not_fit_are_passed_over(tmp_path: Path) -> None:
     """The first of a name is kept; a file cannot be a folder; a name has a length."""
     members = [("a/0.png", b"first"), ("a/0.png", b"second"), ("a/0.png/x.png", b"third"), ("n" * 300, b"x")]
