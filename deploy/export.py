@@ -95,8 +95,8 @@ def export_graphs(
 ) -> dict[str, FileRecord]:
     """Write vision_model.onnx and text_model.onnx, and return their records.
 
-    The bytes depend on the architecture and on the releases of torch and onnxscript, not on the
-    values of the weights. The weights file itself is not written.
+    The bytes depend on the architecture and on the releases of torch, onnxscript and this program, not on
+    the values of the weights. The weights file itself is not written.
 
     Args:
         image_size: side, or (height, width), in pixels.
@@ -105,6 +105,8 @@ def export_graphs(
         ExportError: the exporter failed, or did not leave every weight outside of the graphs.
     """
     import onnx_ir as ir
+
+    from deploy.rewriting import rewrite
 
     specs = spec_of(state_arrays(model))
     places = layout(specs)
@@ -121,6 +123,7 @@ def export_graphs(
         with _as_exported(model):
             exported = _export(encoder, input_name, example, output_name)
         _strip(exported)
+        rewrite(exported)
         _move_weights_out(exported.graph, specs, places, constants)
         content = ir.to_proto(exported).SerializeToString(deterministic=True)
         atomic.write_file(directory / name, content)
