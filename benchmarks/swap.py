@@ -11,8 +11,10 @@ ONNX Runtime has one thread per caller. Every answer's embedding is compared wit
 names.
 
 *steady*  requests while nothing is loaded; *loading*: those that overlap the loading and warming of a version
-*first*   the request that began first among those that a version answered; for comparison, the request
-          that began first after any moment of steady time
+*first*   the request that began first among those that a version answered, by the clock and by its thread's
+          time on a CPU: where a request is shorter than the turn that the kernel gives a thread, most callers
+          are answered within theirs, and one that begins late in it waits for all others; so also
+          the request that began first after any moment of steady time
 *growth*  of resident memory between two swaps, from the second fifth to the last, reckoned for 200 swaps
 
 The negative control is a client that keeps its old versions: it must fail the same check; to be done sooner,
@@ -61,12 +63,12 @@ def growth_bytes(resident: list[int]) -> float:
 def figures(measured: Measured) -> dict[str, Any]:
     """The numbers that goals speak of; times in seconds."""
     requests = np.array([row for caller in measured.callers for row in caller.requests])
-    starts, seconds, versions = requests.T
+    starts, seconds, cpu, versions = requests.T
     begins, ends = np.array(measured.loads[1:]).T  # the first one had nobody to disturb
     is_loading = ((starts[:, None] < ends) & (starts[:, None] + seconds[:, None] > begins)).any(axis=1)
     steady, loading = seconds[~is_loading], seconds[is_loading]
     firsts = [
-        seconds[rows][starts[rows].argmin()]
+        rows[starts[rows].argmin()]
         for version in np.unique(versions)[1:]
         for rows in [np.flatnonzero(versions == version)]
     ]
@@ -81,7 +83,8 @@ def figures(measured: Measured) -> dict[str, Any]:
         "loading_p99": float(np.percentile(loading, 99)),
         "loading_requests": len(loading),
         "loading_p99_ratio": float(np.percentile(loading, 99) / np.percentile(steady, 99)),
-        "first_median_ratio": float(np.median(firsts) / np.median(steady)),
+        "first_median_ratio": float(np.median(seconds[firsts]) / np.median(steady)),
+        "first_cpu_ratio": float(np.median(cpu[firsts]) / np.median(cpu[~is_loading])),
         "moment_median_ratio": float(np.median(others) / np.median(steady)),
         "switch_max": max(measured.switches),
         "load_median": float(np.median(ends - begins)),
@@ -106,7 +109,7 @@ def describe(result: dict[str, Any]) -> str:
     steady = f"{result['steady_median'] * 1e3:.1f}, {result['steady_p99'] * 1e3:.1f} ms"
     loading = f"{result['loading_p99'] * 1e3:.1f} ms of {result['loading_requests']} requests"
     ratio, first = result["loading_p99_ratio"], result["first_median_ratio"]
-    switch = result["switch_max"] * 1e3
+    switch, by_cpu = result["switch_max"] * 1e3, result["first_cpu_ratio"]
     rows = [
         ["requests, swaps", f"{result['requests']}, {result['swaps']}", ""],
         ["failed", result["failed"], judge(result["failed"], goal=0)],
@@ -115,7 +118,8 @@ def describe(result: dict[str, Any]) -> str:
         ["loading, p99", loading, ""],
         ["p99 loading / steady", f"{ratio:.2f}", judge(ratio, goal=1.5)],
         ["first / median, median of all swaps", f"{first:.2f}", judge(first, goal=1.2)],
-        ["the same of a moment without a switch", f"{result['moment_median_ratio']:.2f}", ""],
+        ["the same in seconds on a CPU", f"{by_cpu:.2f}", judge(by_cpu, goal=1.2)],
+        ["by the clock, of a moment without a switch", f"{result['moment_median_ratio']:.2f}", ""],
         ["switch, longest", f"{switch:.3f} ms", judge(switch, goal=1)],
         ["loading and warming, median", f"{result['load_median']:.2f} s", ""],
         ["growth for 200 swaps", f"{growth:.0f} MB",
