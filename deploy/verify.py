@@ -272,6 +272,7 @@ def _run(path: Path, input_name: str, output_name: str, inputs: np.ndarray) -> n
     options = ort.SessionOptions()
     options.intra_op_num_threads = usable_cpus()
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # pays with memory for runs to come, and there is only one
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
