@@ -95,11 +95,12 @@ def _convolve_before(node: ir.Node) -> None:
     nhwc = _first(node)
     reshape = _producer(nhwc, "Reshape")
     linear = _linear(_first(reshape)) if reshape is not None else None
-    if reshape is None or linear is None or not (_is_used_once(nhwc) and _is_used_once(_first(reshape))):
+    if reshape is None or linear is None or not _is_image_of(_dims(made), _dims(_first(reshape))):
         return
-    batch, height, width, _ = _dims(nhwc)
-    narrow = _reshape(node, "nhwc", linear.tokens, [batch, height, width, *_dims(linear.tokens)[-1:]])
-    _replace(made, _pointwise(node, _transpose(node, "nchw", narrow, _TO_CHANNELS_FIRST), linear))
+    if _is_used_once(nhwc) and _is_used_once(_first(reshape)):
+        batch, _, height, width = _dims(made)
+        narrow = _reshape(node, "nhwc", linear.tokens, [batch, height, width, *_dims(linear.tokens)[-1:]])
+        _replace(made, _pointwise(node, _transpose(node, "nchw", narrow, _TO_CHANNELS_FIRST), linear))
 
 
 def _convolve_after(node: ir.Node) -> None:
@@ -155,6 +156,7 @@ def _join_reshapes(node: ir.Node) -> None:
             return
         node.replace_input_with(0, _first(inner))
         node.replace_input_with(1, _numbers(node, "joined", target))
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
     if dims and dims == _dims(node.inputs[0]):
         _replace(node.outputs[0], _first(node))
 
@@ -213,7 +215,8 @@ def _insert(
     node = ir.Node("", op_type, inputs, attributes)
     made = node.outputs[0]
     node.name = made.name = f"{anchor.outputs[0].name}.{role}"
-    made.dtype = ir.DataType.FLOAT
+    if inputs and inputs[0].dtype is not None:
+        made.dtype = inputs[0].dtype
     assert anchor.graph is not None, "the anchor stands in no graph"
     anchor.graph.insert_before(anchor, node)
     return made
@@ -236,10 +239,11 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def _dims(value: ir.Value | None) -> Dims:
-    """The sizes, names for those that depend on the batch; nothing where the exporter stated none."""
+    """The sizes, names for those that depend on the batch; nothing where one is not stated, or is 0."""
     if value is None or value.shape is None:
         return []
-    return [size if isinstance(size, int) else str(size.value) for size in value.shape]
+    sizes = [size if isinstance(size, int) else size.value for size in value.shape]
+    return [size for size in sizes if size] if all(sizes) else []
 
 
 def _target(given: Dims, made: Dims) -> list[int] | None:
@@ -258,7 +262,8 @@ def _target(given: Dims, made: Dims) -> list[int] | None:
 
 
 def _permutation(node: ir.Node) -> tuple[int, ...] | None:
-    return tuple(node.attributes["perm"].as_ints()) if node.op_type == "Transpose" else None
+    perm = node.attributes.get("perm") if node.op_type == "Transpose" else None
+    return tuple(perm.as_ints()) if perm is not None else None
 
 
 def _is_image_of(image: Dims, tokens: Dims) -> bool:

@@ -125,6 +125,22 @@ def test_a_linear_layer_that_others_look_at_stays_on_tokens(tmp_path: Path) -> N
     assert (count["Conv"], count["Gemm"], count["MatMul"]) == (2, 2, 0)
 
 
+def test_a_linear_layer_that_makes_a_finer_image_stays_on_tokens(tmp_path: Path) -> None:
+    """Its rows become several pixels each: that is no convolution of one pixel."""
+
+    class Finer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expand, self.conv = nn.Linear(8, 32), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            image = self.expand(tokens).reshape(tokens.shape[0], 2 * SIDE, 2 * SIDE, 8)
+            return self.conv(image.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+
+    count = exported(Finer(), tmp_path)
+    assert (count["Conv"], count["Gemm"], count["MatMul"]) == (2, 1, 0)
+
+
 def test_weights_keep_their_names_and_nothing_of_theirs_is_inside_the_graph(tmp_path: Path) -> None:
     """One tensor in the file for each in the state dict, whatever form the operators take it in."""
     exported(_ConvolvingMlp(), tmp_path)
@@ -138,10 +154,12 @@ def test_weights_keep_their_names_and_nothing_of_theirs_is_inside_the_graph(tmp_
 class _Writer:
     """Writes a graph as torch's exporter does, of layers drawn at random."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, dtype: ir.DataType = ir.DataType.FLOAT, sizes: tuple[object, ...] = ("batch", 4, 6)
+    ) -> None:
         self.nodes: list[ir.Node] = []
         self.weights: list[ir.Value] = []
-        self.pixels = ir.val("pixels", ir.DataType.FLOAT, ["batch", 4, 6])
+        self.dtype, self.pixels = dtype, ir.val("pixels", dtype, list(sizes))
         self.rng = np.random.default_rng(0)
         shape = self.add("Shape", [self.pixels], None, start=0, end=1)
         self.batch = self.add("Squeeze", [shape], None)
@@ -154,13 +172,13 @@ class _Writer:
         (made,) = node.outputs
         made.name = f"v{len(self.nodes)}"
         if shape is not None:
-            made.dtype, made.shape = ir.DataType.FLOAT, ir.Shape(shape)
+            made.dtype, made.shape = self.dtype, ir.Shape(shape)
         return made
 
     def weight(self, *shape: int) -> ir.Value:
         values = self.rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[1:])))
         name = f"w{len(self.weights)}"
-        value = ir.val(name, const_value=ir.tensor(values, name=name))
+        value = ir.val(name, const_value=ir.tensor(values.astype(self.dtype.numpy()), name=name))
         self.weights.append(value)
         return value
 
@@ -246,14 +264,14 @@ def drawn_model(choose: Callable[[tuple[str, ...]], str], steps: int) -> ir.Mode
     return writer.model([*looked, value])
 
 
-def run(model: ir.Model, batch: int) -> np.ndarray:
+def run(model: ir.Model, batch: int, dtype: type = np.float32) -> np.ndarray:
     """The output for seeded noise, without ONNX Runtime's own rewriting."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     content = ir.to_proto(model).SerializeToString()
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     pixels = np.random.default_rng(batch).standard_normal((batch, 4, 6), dtype=np.float32)
-    return np.asarray(session.run(None, {"pixels": pixels})[0])
+    return np.asarray(session.run(None, {"pixels": pixels.astype(dtype)})[0])
 
 
 @settings(max_examples=150, deadline=None)
@@ -269,6 +287,55 @@ def test_any_chain_of_layers_answers_as_before(data: st.DataObject) -> None:
         np.testing.assert_allclose(run(model, batch), expected, rtol=1e-4, atol=1e-5)
     names = [node.name for node in model.graph if node.name]
     assert len(names) == len(set(names))
+
+
+def one_reshape(writer: _Writer, numbers: list[int], made: list[object] | None) -> ir.Model:
+    """The pixels in another shape, as they are."""
+    reshaped = writer.add("Reshape", [writer.pixels, writer.numbers(*numbers)], made, allowzero=1)
+    return writer.model([writer.add("Relu", [reshaped], made)])
+
+
+def two_reshapes(writer: _Writer) -> ir.Model:
+    """Two shapes in a row, the second with the batch first; a 0 in it means nothing."""
+    flat = writer.add("Reshape", [writer.pixels, writer.numbers(-1, 6)], None, allowzero=1)
+    return writer.model([writer.reshape(flat, 24)])
+
+
+def before_a_conv(writer: _Writer, *, is_stated: bool) -> ir.Model:
+    """A linear layer whose rows become an image by a Reshape, whose shape may not be stated."""
+    made = ["batch", 2, 2, 8] if is_stated else None
+    tokens = writer.linear(writer.pixels, 8)
+    nhwc = writer.add("Reshape", [tokens, writer.numbers(-1, 2, 2, 8)], made, allowzero=1)
+    image = writer.add("Transpose", [nhwc], ["batch", 8, 2, 2], perm=[0, 3, 1, 2])
+    return writer.model([writer.conv(image)])
+
+
+def turned(writer: _Writer) -> ir.Model:
+    """A Transpose that does not say in which order: the last becomes the first."""
+    return writer.model([writer.add("Transpose", [writer.pixels], [6, 4, "batch"])])
+
+
+FOREIGN = {
+    "sizes without names": lambda: one_reshape(_Writer(sizes=(None, 4, 6)), [-1, 2, 6], [None, 2, 6]),
+    "a name left out once": lambda: one_reshape(_Writer(sizes=("batch", None, 6)), [-1, 6], [None, 6]),
+    "two shapes in a row": lambda: two_reshapes(_Writer()),
+    "an image whose shape is stated": lambda: before_a_conv(_Writer(), is_stated=True),
+    "an image whose shape is not": lambda: before_a_conv(_Writer(), is_stated=False),
+    "a Transpose without an order": lambda: turned(_Writer()),
+    "half precision": lambda: before_a_conv(_Writer(ir.DataType.FLOAT16), is_stated=True),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_graphs_that_our_exporter_does_not_write_answer_as_before(name: str) -> None:
+    """What is not stated is not guessed, and no other type is made of the values."""
+    dtype = np.float16 if name == "half precision" else np.float32
+    expected = run(FOREIGN[name](), 2, dtype)
+    model = FOREIGN[name]()
+    rewrite(model)
+    found = run(model, 2, dtype)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, expected, atol=1e-2 if dtype == np.float16 else 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
