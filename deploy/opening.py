@@ -95,8 +95,11 @@ def check_used_files(directory: Path, manifest: Manifest) -> None:
             )
 
 
-def open_session(path: Path, threads: int) -> Any:
+def open_session(path: Path, threads: int, *, has_arena: bool = True) -> Any:
     """Load a graph and its weights into an ONNX Runtime session.
+
+    Args:
+        has_arena: keep the memory of a run for the next one.
 
     Raises:
         VerifyError: ONNX Runtime refuses the graph; says which release of it.
@@ -105,6 +108,7 @@ def open_session(path: Path, threads: int) -> Any:
     # Given outright: left at 0, ONNX Runtime pins its threads to CPUs that a container may not have.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = has_arena
     # Threads that spin while idle would take the CPU from a learner on the same machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")

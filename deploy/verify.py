@@ -31,7 +31,7 @@ from deploy.manifest import (
     load_manifest,
     record_files,
 )
-from deploy.ort import onnxruntime as ort
+from deploy.opening import open_session
 from deploy.weights import read_layout
 
 # Largest |difference| of an embedding's element between torch and ONNX Runtime.
@@ -269,13 +269,9 @@ def _check_form(directory: Path, embed_dim: int, parent_graphs: Mapping[str, str
 
 
 def _run(path: Path, input_name: str, output_name: str, inputs: np.ndarray) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = usable_cpus()
-    options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = False  # pays with memory for runs to come, and there is only one
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # An arena pays with memory for runs to come, and there is only one.
+    session = open_session(path, usable_cpus(), has_arena=False)
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return np.asarray(session.run([output_name], {input_name: inputs})[0])
     except Exception as error:  # ONNX Runtime's errors have no common public base
         raise VerifyError(f"{path} does not run in ONNX Runtime: {error}") from error

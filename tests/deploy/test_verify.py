@@ -83,7 +83,7 @@ def test_a_weights_file_cut_short_is_found_by_manifest_and_without(copied: Path)
     (copied / "manifest.json").unlink()
     with pytest.raises(VerifyError, match=rf"weights.safetensors is cut short: expected {size} bytes"):
         verify_staged(copied, embed_dim=128)
-    with pytest.raises(VerifyError, match=r"\.onnx does not run in ONNX Runtime"):
+    with pytest.raises(VerifyError, match=r"ONNX Runtime .* cannot load .*\.onnx"):
         measure_parity(copied)
 
 
