@@ -12,6 +12,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from deploy.server.settings import Settings
 from deploy.server.versions import Slot
 
 _MAX_LINE_BYTES = 1 << 20
+_LABEL_SECONDS = 2.0  # below what the supervisor grants a worker beyond what the first one took to load
+_LABELS_AT_ONCE = 8  # one run in a thread of its own; the clock is looked at in between
 
 
 class Worker:
@@ -118,16 +121,31 @@ class Worker:
         self._writer.write(json.dumps({"event": event, "epoch": epoch, **more}).encode() + b"\n")
 
 
-def _load_slot(directory: Path, labels: Any) -> Slot:
-    """Load, check and warm a version."""
+def _load_slot(directory: Path, labels: Sequence[str]) -> Slot:
+    """Load, check and warm a version; ``labels`` were asked about lately, the latest last."""
     loaded = LoadedVersion(directory, threads=1)
     try:
         loaded.check_parity()
-        loaded.warm_up(labels=labels)
+        loaded.warm_up()
+        _embed_latest(loaded, labels)
     except BaseException:
         loaded.close()
         raise
     return Slot(loaded, loaded.close)
+
+
+def _embed_latest(loaded: LoadedVersion, labels: Sequence[str]) -> None:
+    """Embed labels, the latest first, for so long that no worker is late because it was asked about many.
+
+    What is left over is embedded when somebody asks about it, like any new label.
+    """
+    ends = time.monotonic() + _LABEL_SECONDS
+    left = len(labels)
+    while left and time.monotonic() < ends:
+        begin = max(0, left - _LABELS_AT_ONCE)
+        loaded.warm_up((), labels[begin:left])
+        left = begin
+    loaded.warm_up((), labels[left:])  # computes nothing: the latest are to be remembered as the latest
 
 
 def main(control_descriptor: int, listener_descriptor: int) -> None:
