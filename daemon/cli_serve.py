@@ -35,6 +35,7 @@ def missing_packages() -> list[str]:
     type=click.Path(path_type=Path),
     help="File with the bearer token. [default: the systemd credential dynlora-token]",
 )
+@click.option("--trust", type=click.Path(path_type=Path), help="Public keys (PEM); one must have signed.")
 @click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a token.")
 @click.option(
     "--workers",
@@ -113,6 +114,7 @@ def serve(options: Options, /, **given: Any) -> None:
     settings = Settings(
         serving_dir=(given["store"] or options.existing_home() / "serving").absolute(),
         token=read_token(given["token_file"]),
+        trust=given["trust"].absolute() if given["trust"] else None,
         drain_seconds=given["drain"],
         access_log=given["access_log"],
         limits=limits,

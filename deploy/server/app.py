@@ -55,6 +55,7 @@ async def metrics(request: Request) -> Response:
 async def openapi_json(request: Request) -> Response:
     """This interface, described."""
     state = state_of(request)
+    await state.versions.until_open()
     loaded = state.versions.live.loaded
     return JSONResponse(openapi.document(loaded, state.settings))
 

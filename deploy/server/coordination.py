@@ -50,7 +50,7 @@ class Coordination:
     def __init__(self) -> None:
         self.agreed: int | None = None  # the epoch that answers
         self.proposed: int | None = None  # the epoch that is being brought in
-        self.dropped: set[int] = set()
+        self.dropped: set[int] = set()  # the last one: earlier ones only those know of who are leaving
         self.is_closing = False  # answers from before `proposed` are being held
         self._workers: dict[int, _Worker] = {}
 
@@ -139,11 +139,15 @@ class Coordination:
 
     def _flip(self, epoch: int) -> list[Order]:
         self.agreed, self.proposed, self.is_closing = epoch, None, False
+        for state in self._workers.values():  # nobody asks about earlier ones any more
+            state.loaded = {each for each in state.loaded if each >= epoch}
+            state.failed = {each for each in state.failed if each >= epoch}
         return []  # _welcome tells everybody who has it
 
     def _drop(self, epoch: int) -> list[Order]:
-        self.proposed = None
-        self.dropped.add(epoch)
+        self.proposed, self.dropped = None, {epoch}
+        for state in self._workers.values():
+            state.failed.discard(epoch)
         return []
 
     def _welcome(self) -> list[Order]:

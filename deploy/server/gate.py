@@ -23,6 +23,7 @@ from deploy.server.state import State
 OPEN_PATHS = ("/", "/docs", "/page/", "/openapi.json", "/v2/health/live", "/v2/health/ready")
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _UNADMITTED_BYTES = 64 << 10  # of a request that makes no model work
+_BODILESS = ("GET", "HEAD")
 _OUTCOMES = {408: "timeout", 429: "rejected", 503: "timeout"}
 
 _log = logging.getLogger("dynlora.access")
@@ -163,7 +164,7 @@ class _Exchange:
     def timeout_problem(self) -> Problem:
         """Return whose fault it is that time ran out."""
         seconds = self._state.settings.limits.request_seconds
-        if self._is_complete:
+        if self._is_complete or self._scope["method"] in _BODILESS:
             return Problem(503, f"the answer took longer than {seconds:g} seconds; try again later")
         return Problem(408, f"the body did not arrive within {seconds:g} seconds")
 

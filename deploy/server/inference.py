@@ -45,7 +45,8 @@ async def server_metadata(_: Request) -> Response:
 async def model_metadata(request: Request) -> Response:
     """Tensors and versions of a model."""
     state, model = state_of(request), _named(request.path_params)
-    slot = state.versions.named(_numbered(request.path_params))
+    await state.versions.until_open()
+    slot = await state.versions.named(_numbered(request.path_params))
     versions = [each.version for each in state.versions.loaded]
     return JSONResponse(model.metadata(slot.loaded, versions))
 
@@ -53,7 +54,8 @@ async def model_metadata(request: Request) -> Response:
 async def model_ready(request: Request) -> Response:
     """A model, or one version of it, can be asked."""
     state, model = state_of(request), _named(request.path_params)
-    slot = state.versions.named(_numbered(request.path_params))
+    await state.versions.until_open()
+    slot = await state.versions.named(_numbered(request.path_params))
     document = {"name": model.name, "version": str(slot.version), "ready": state.is_ready}
     return JSONResponse(document, 200 if state.is_ready else 503)
 
@@ -61,10 +63,12 @@ async def model_ready(request: Request) -> Response:
 async def repository_index(request: Request) -> Response:
     """All models in all versions that are loaded."""
     await request.body()
+    versions = state_of(request).versions
+    await versions.until_open()
     document = [
         {"name": name, "version": str(slot.version), "state": "READY", "reason": ""}
         for name in MODELS
-        for slot in state_of(request).versions.loaded
+        for slot in versions.loaded
     ]
     return JSONResponse(document)
 
@@ -78,7 +82,7 @@ class Infer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         state, model, version = self._state, _named(scope["path_params"]), _numbered(scope["path_params"])
-        slot = state.versions.named(version)
+        slot = await state.versions.named(version)
         parsed = await _read(scope, receive, model, slot)
         model.check_inputs(parsed, state.settings.limits)
         wanted = model.wanted(slot.loaded, parsed)

@@ -4,6 +4,7 @@ import socket
 
 from deploy.server.banner import listen
 from deploy.server.settings import Settings
+from deploy.signing import TrustedKeys
 from deploy.store_reader import StoreReader
 
 
@@ -14,9 +15,13 @@ def serve(settings: Settings, inherited: socket.socket | None = None) -> None:
 
     Raises:
         ServerError: the address cannot be used.
+        SignatureError: the keys that are trusted cannot be read.
         DeployError: the store or its live version cannot be used.
     """
-    StoreReader(settings.serving_dir).live_manifest()  # the commonest mistake, told before anything starts
+    # The commonest mistakes, told before anything starts.
+    StoreReader(settings.serving_dir).live_manifest()
+    if settings.trust is not None:
+        TrustedKeys.load(settings.trust)
     listener = inherited or listen(settings)
     own_path = None if inherited else settings.uds
     ours = own_path.lstat().st_ino if own_path else None

@@ -31,9 +31,11 @@ async def version(request: Request) -> Response:
     if known is not None:
         if not (known.isascii() and known.isdigit() and len(known) < 19):
             raise Problem(400, f"other_than is the number of a version, found {known!r}")
+        await state.versions.until_open()
         preferred = _WAIT.search(request.headers.get("prefer", ""))
         if preferred and state.versions.live.version == int(known):
             await _wait_for_another(request, state, int(preferred[1]))
+    await state.versions.until_open()
     slot = state.versions.live
     document = {
         "model_version": str(slot.version),

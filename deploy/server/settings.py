@@ -11,6 +11,7 @@ from deploy.errors import ServerError
 
 CREDENTIAL_NAME = "dynlora-token"  # systemd: LoadCredential=dynlora-token:/etc/dynlora/token
 MIN_TOKEN_CHARACTERS = 16
+_PATHS = ("serving_dir", "uds", "trust")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Settings:
 
     ``threads`` is the number of runs at once per worker, each on one ONNX Runtime thread; 0 means the
     CPUs of this process divided among the workers. ``uds`` replaces host and port. ``is_inherited``: the
-    socket belongs to systemd, which keeps it open when this process ends.
+    socket belongs to systemd, which keeps it open when this process ends. ``trust``: a file of public keys
+    (PEM); a version that none of them has signed is not served.
     """
 
     serving_dir: Path
@@ -43,6 +45,7 @@ class Settings:
     is_inherited: bool = False
     token: str | None = field(default=None, repr=False)
     allow_anyone: bool = False
+    trust: Path | None = None
     workers: int = 1
     threads: int = 0
     max_batch: int = 16
@@ -84,16 +87,13 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """Everything a worker process needs; goes through its socket and never over a command line."""
-        uds = str(self.uds) if self.uds else None
-        return asdict(self) | {"serving_dir": str(self.serving_dir), "uds": uds}
+        paths = {name: str(path) for name in _PATHS if (path := getattr(self, name)) is not None}
+        return asdict(self) | paths
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Self:
         """What ``to_json`` wrote."""
-        paths = {
-            "serving_dir": Path(document["serving_dir"]),
-            "uds": Path(document["uds"]) if document["uds"] else None,
-        }
+        paths = {name: Path(document[name]) for name in _PATHS if document[name] is not None}
         return cls(**(document | paths | {"limits": Limits(**document["limits"])}))
 
 

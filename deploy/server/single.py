@@ -32,8 +32,9 @@ class Follower:
         Raises:
             DeployError: it cannot be used.
         """
-        client = partial(Client, threads=1, on_event=self._tell)
-        self._client = await asyncio.to_thread(client, self._state.settings.serving_dir)
+        settings = self._state.settings
+        client = partial(Client, threads=1, trust=settings.trust, on_event=self._tell)
+        self._client = await asyncio.to_thread(client, settings.serving_dir)
         self._adopt()
 
     async def stop(self) -> None:

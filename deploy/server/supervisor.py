@@ -47,7 +47,7 @@ class Supervisor:
         self._settings, self._listener, self._metrics_dir = settings, listener, metrics_dir
         self._teller = Teller(settings)
         self._coordination = Coordination()
-        self._targets: dict[int, Target] = {}  # by epoch
+        self._targets: dict[int, Target] = {}  # by epoch: what is agreed, the one before, what is proposed
         self._reasons: dict[int, str] = {}  # why an epoch could not be loaded, by epoch
         self._children: dict[int, _Child] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -90,7 +90,7 @@ class Supervisor:
     def _check(self) -> None:
         """Look once: at what was agreed, at who is late, at `current`."""
         coordination = self._coordination
-        if coordination.proposed is None and self._epoch in coordination.dropped:
+        if self._epoch in coordination.dropped and self._epoch in self._targets:
             self._give_up(self._epoch)
         if coordination.agreed is not None and coordination.agreed != self._told:
             self._tell(coordination.agreed)
@@ -99,18 +99,21 @@ class Supervisor:
             self._look()
 
     def _give_up(self, epoch: int) -> None:
-        """Nobody could load it."""
+        """Nobody could load it: pause before the next attempt, and report it unless it was reported last."""
         reason = self._reasons.get(epoch, "no worker could load it")
         if self._coordination.agreed is None:
             raise ServerError(f"the live version cannot be served: {reason}")
-        if self._failure is None or self._failure.state != self._attempt:
-            version = self._targets[epoch].directory.name
+        version = self._targets.pop(epoch).directory.name
+        is_news = self._failure is None or self._failure.state != self._attempt
+        self._failure = Failure.of(DeployError(reason), self._attempt, self._failure, time.monotonic())
+        if is_news:
             _log.warning("version %s rejected: %s", version, reason)
             self._teller.rejected(version, reason)
-            self._failure = Failure.of(DeployError(reason), self._attempt, self._failure, time.monotonic())
 
     def _tell(self, epoch: int) -> None:
         self._failure = None
+        previous = self._epoch_before(epoch)
+        self._targets = {e: target for e, target in self._targets.items() if e >= (previous or epoch)}
         version = int(self._targets[epoch].directory.name)
         if self._told is None:
             announce(self._settings, self._listener, version)
@@ -139,6 +142,7 @@ class Supervisor:
     def _propose(self, target: Target) -> None:
         self._epoch += 1
         self._targets[self._epoch] = target
+        self._reasons.clear()
         self._first_took, self._phase = None, ((self._epoch, False), time.monotonic())
         self._send(self._coordination.propose(self._epoch))
 
@@ -253,8 +257,12 @@ class Supervisor:
 
     def _previous_of(self, epoch: int) -> str | None:
         """The version that was live before, for a worker that comes later."""
-        earlier = [e for e in self._targets if e < epoch and e not in self._coordination.dropped]
-        return str(self._targets[max(earlier)].directory) if earlier else None
+        before = self._epoch_before(epoch)
+        return str(self._targets[before].directory) if before else None
+
+    def _epoch_before(self, epoch: int) -> int | None:
+        """The epoch that was agreed before; epochs that were given up are in no list any more."""
+        return max((earlier for earlier in self._targets if earlier < epoch), default=None)
 
     async def _end(self) -> None:
         """Let all workers drain; kill what takes longer than any request may."""

@@ -2,7 +2,8 @@
 
     live      answers every request that names no version
     previous  still loaded; answers the requests that name it
-    closed    for a moment while several workers switch together: answers are held, none is given
+    closed    for a moment while several workers switch together: answers are held, none is given, and
+              nothing is said of versions
 
 All methods run on the event loop's thread, so a version is never half switched.
 """
@@ -68,6 +69,11 @@ class Versions:
         """Give no answer of the live version from now on, until ``flip``."""
         self._open.clear()
 
+    async def until_open(self) -> None:
+        """Wait while a switch goes on: another worker may have answered from the next version already."""
+        while self._live is not None and not self._open.is_set():
+            await self._open.wait()
+
     def flip(self, slot: Slot) -> None:
         """Make another version live, keep the old one for requests that name it, retire the one before."""
         retired, self._previous, self._live = self._previous, self._live, slot
@@ -89,14 +95,16 @@ class Versions:
         retired, self._previous = self._previous, slot
         self._retire(retired)
 
-    def named(self, version: int | None) -> Slot:
+    async def named(self, version: int | None) -> Slot:
         """Return the slot of a version that a request names; None names the live one.
 
         Raises:
-            Problem: it is not loaded.
+            Problem: it is not loaded, and a switch that is going on has not brought it.
         """
         if version is None:
             return self.live
+        if version not in [slot.version for slot in self.loaded]:
+            await self.until_open()
         for slot in self.loaded:
             if slot.version == version:
                 return slot
@@ -116,7 +124,7 @@ class Versions:
             Problem: the named version is not loaded, or none is.
         """
         if version is not None:
-            slot = self._take(self.named(version))
+            slot = self._take(await self.named(version))
             try:
                 return version, await compute(slot)
             finally:

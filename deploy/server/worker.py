@@ -12,6 +12,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from deploy.server.models import MODELS
 from deploy.server.serving import Serving, on_signals, prepare_process, run_loop
 from deploy.server.settings import Settings
 from deploy.server.versions import Slot
+from deploy.signing import TrustedKeys
 
 _MAX_LINE_BYTES = 1 << 20
+_LABEL_SECONDS = 2.0  # below what the supervisor grants a worker beyond what the first one took to load
+_LABELS_AT_ONCE = 8  # in one run; the clock is looked at in between
 
 
 class Worker:
@@ -32,6 +36,7 @@ class Worker:
         self._writer = writer
         self._slots: dict[int, Slot] = {}
         self._previous: Slot | None = None  # what a worker that this one replaces had beside its live version
+        self._trust: TrustedKeys | None = None  # read with the first version, and kept like a client's
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -72,7 +77,7 @@ class Worker:
                   for label in slot.loaded.remembered_labels()]  # fmt: skip
         async with self._loading:
             try:
-                self._slots[epoch] = await asyncio.to_thread(_load_slot, Path(order["directory"]), labels)
+                self._slots[epoch] = await asyncio.to_thread(self._load_slot, order["directory"], labels)
             except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor decides what follows
                 if order["counts"]:
                     self._serving.state.metrics.swap_failed()
@@ -80,9 +85,15 @@ class Worker:
                 return
             if order.get("previous"):
                 with contextlib.suppress(Exception):  # pruned meanwhile: then nobody may ask for it
-                    self._previous = await asyncio.to_thread(_load_slot, Path(order["previous"]), ())
+                    self._previous = await asyncio.to_thread(self._load_slot, order["previous"], ())
         self._serving.state.metrics.swap_took("load", time.monotonic() - started)
         self._say("loaded", epoch)
+
+    def _load_slot(self, directory: str, labels: Sequence[str]) -> Slot:
+        path = self._serving.state.settings.trust
+        if path is not None and self._trust is None:
+            self._trust = TrustedKeys.load(path)
+        return _load_slot(Path(directory), labels, self._trust)
 
     def _flip(self, epoch: int, *, counts: bool) -> None:
         started = time.monotonic()
@@ -118,16 +129,31 @@ class Worker:
         self._writer.write(json.dumps({"event": event, "epoch": epoch, **more}).encode() + b"\n")
 
 
-def _load_slot(directory: Path, labels: Any) -> Slot:
-    """Load, check and warm a version."""
-    loaded = LoadedVersion(directory, threads=1)
+def _load_slot(directory: Path, labels: Sequence[str], trust: TrustedKeys | None = None) -> Slot:
+    """Load, check and warm a version; ``labels`` were asked about lately, the latest last."""
+    loaded = LoadedVersion(directory, threads=1, trust=trust)
     try:
         loaded.check_parity()
-        loaded.warm_up(labels=labels)
+        loaded.warm_up()
+        _embed_latest(loaded, labels)
     except BaseException:
         loaded.close()
         raise
     return Slot(loaded, loaded.close)
+
+
+def _embed_latest(loaded: LoadedVersion, labels: Sequence[str]) -> None:
+    """Embed labels, the latest first, for so long that no worker is late because it was asked about many.
+
+    What is left over is embedded when somebody asks about it, like any new label.
+    """
+    ends = time.monotonic() + _LABEL_SECONDS
+    left = len(labels)
+    while left and time.monotonic() < ends:
+        begin = max(0, left - _LABELS_AT_ONCE)
+        loaded.warm_up((), labels[begin:left])
+        left = begin
+    loaded.warm_up((), labels[left:])  # computes nothing: the latest are to be remembered as the latest
 
 
 def main(control_descriptor: int, listener_descriptor: int) -> None:

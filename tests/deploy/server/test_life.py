@@ -72,7 +72,7 @@ def test_numbers_that_make_no_sense_are_refused(published: Path) -> None:
 
 def test_settings_survive_the_way_to_a_worker(published: Path) -> None:
     """What a worker reads is what the supervisor was told; the token stays out of every repr."""
-    settings = Settings(published, token=TOKEN, workers=3, limits=Limits(images=7))
+    settings = Settings(published, token=TOKEN, workers=3, trust=published / "keys", limits=Limits(images=7))
 
     assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
     assert TOKEN not in repr(settings)

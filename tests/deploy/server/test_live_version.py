@@ -16,7 +16,7 @@ from deploy.server.app import build_app
 from deploy.server.engine import Engine
 from deploy.server.live_version import MAX_WAITING
 from deploy.server.metrics import Metrics
-from deploy.server.settings import Settings
+from deploy.server.settings import Limits, Settings
 from deploy.server.state import State
 from deploy.server.versions import Slot, Versions
 from tests.deploy.server.servers import jpeg, pixels, serving_process
@@ -66,12 +66,15 @@ def test_the_end_of_the_server_ends_the_waiting(serving: Path) -> None:
 
 
 def within(
-    published: Path, loaded: LoadedVersion, scenario: Callable[[State, ASGIApp], Awaitable[None]]
+    published: Path,
+    loaded: LoadedVersion,
+    scenario: Callable[[State, ASGIApp], Awaitable[None]],
+    limits: Limits = Limits(),  # noqa: B008 - it cannot be changed
 ) -> None:
     """Run a scenario with an application in this process."""
 
     async def main() -> None:
-        settings = Settings(published, threads=1)
+        settings = Settings(published, threads=1, limits=limits)
         state = State(settings, Versions(), Engine(settings), Metrics("test"))
         state.versions.flip(Slot(loaded, lambda: None))
         try:
@@ -101,6 +104,61 @@ def test_too_many_that_wait_are_answered_at_once(published: Path, loaded: Loaded
         assert state.waiting == 0
 
     within(published, loaded, scenario)
+
+
+TELLING = [
+    ("GET", "/version"),
+    ("GET", f"/version?other_than={LIVE}"),
+    ("GET", "/v2/models/vision"),
+    ("GET", "/v2/models/vision/ready"),
+    ("GET", "/v2/models/vision/versions/0"),
+    ("GET", "/v2/models/vision/versions/0/ready"),
+    ("POST", "/v2/models/vision/versions/0/infer"),
+    ("POST", "/v2/repository/index"),
+    ("GET", "/openapi.json"),
+]
+
+
+def test_nothing_is_said_of_versions_while_other_workers_may_answer_from_the_next_one(
+    published: Path, loaded: LoadedVersion
+) -> None:
+    """Who was answered from it by one worker is not told by another of the one before, nor of none."""
+
+    async def scenario(state: State, app: ASGIApp) -> None:
+        transport = httpx.ASGITransport(app)
+        length = {"Inference-Header-Content-Length": "0"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            state.versions.close()
+            asking = [
+                asyncio.create_task(client.request(*each, content=pixels(1).tobytes(), headers=length))
+                for each in TELLING
+            ]
+            await asyncio.sleep(0.2)
+            early = [path for (_, path), task in zip(TELLING, asking, strict=True) if task.done()]
+            state.versions.flip(Slot(next_one, next_one.close))
+            answers = await asyncio.gather(*asking)
+        assert early == []
+        assert {answer.status_code for answer in answers} == {200}
+        assert [answers[place].json()["model_version"] for place in (0, 1)] == ["0", "0"]
+        assert answers[2].json()["versions"] == ["0", LIVE]
+        assert answers[3].json()["version"] == "0"
+
+    next_one = LoadedVersion(published / "versions/0", threads=1)
+    within(published, loaded, scenario)
+
+
+def test_a_switch_is_waited_for_as_long_as_a_request_may_take(published: Path, loaded: LoadedVersion) -> None:
+    """The client is told to come again, not that its request did not arrive."""
+
+    async def scenario(state: State, app: ASGIApp) -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            state.versions.close()
+            for path in ("/version", "/v2/models/vision/versions/7/ready"):
+                answer = await client.get(path)
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+    within(published, loaded, scenario, Limits(request_seconds=0.1))
 
 
 @pytest.mark.parametrize("path", ["/v2/models/vision/infer", "/classify"])

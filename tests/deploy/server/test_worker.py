@@ -3,13 +3,15 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from deploy.runtime import LoadedVersion
 from deploy.server.metrics import Metrics
 from deploy.server.serving import Serving
 from deploy.server.settings import Settings
 from deploy.server.state import State
 from deploy.server.versions import Slot, Versions
-from deploy.server.worker import Worker
+from deploy.server.worker import Worker, _load_slot
 
 
 class Held(Serving):
@@ -46,3 +48,25 @@ def test_a_worker_that_came_during_a_switch_serves_the_version_before_and_frees_
 
     assert asyncio.run(life()) == [2, 1]
     assert sorted(freed) == [0, 1, 2]
+
+
+def test_a_worker_asked_about_many_labels_embeds_the_latest_and_is_not_late(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would wait for it, and take it for one that hangs."""
+    monkeypatch.setattr("deploy.server.worker._LABEL_SECONDS", 0.02)
+    labels = [f"thing {number}" for number in range(4096)]
+
+    with _load_slot(published / "versions/1", labels).loaded as loaded:
+        ready = loaded.remembered_labels()
+
+    assert 0 < len(ready) < len(labels)
+    assert ready == labels[-len(ready) :]
+
+
+def test_a_few_labels_are_all_ready_in_the_next_version(published: Path) -> None:
+    """In the order in which they were asked about."""
+    labels = [f"thing {number}" for number in range(20)]
+
+    with _load_slot(published / "versions/1", labels).loaded as loaded:
+        assert loaded.remembered_labels() == labels
