@@ -39,6 +39,7 @@ def mirror(options: Options, url: str, *, full: int, check: bool) -> None:
 @click.option("--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Look again so often.")
 @click.option("--forward-only", is_flag=True, help="Refuse to go back to an older version.")
 @click.option("--max-bytes", type=click.IntRange(min=1), help="The largest weights file to accept.")
+@click.option("--check", is_flag=True, help="Read the live version's files again, repair what is damaged.")
 @common_options
 @pass_options
 def pull(options: Options, /, url: str, directory: Path, **given: Any) -> None:
@@ -49,7 +50,7 @@ def pull(options: Options, /, url: str, directory: Path, **given: Any) -> None:
 
     trust = TrustedKeys.load(given["trust"]) if given["trust"] else None
     limits = {"max_bytes": given["max_bytes"]} if given["max_bytes"] else {}
-    wanted = PullOptions(trust=trust, forward_only=given["forward_only"], **limits)
+    wanted = PullOptions(trust=trust, forward_only=given["forward_only"], check=given["check"], **limits)
     remote = open_remote(url)
     if given["watch"] is None:
         from deploy.pull import pull as fetch
@@ -101,7 +102,10 @@ def sign(options: Options, version: int | None, *, key: Path | None) -> None:
 
 
 def _watch(remote: Any, directory: Path, wanted: Any, *, seconds: float) -> None:
-    """Pull again and again until SIGTERM or Ctrl-C; trouble is told and passes."""
+    """Pull again and again until SIGTERM or Ctrl-C; trouble is told and passes.
+
+    What is here is read again (``check``) until that went well once, not with every look.
+    """
     from deploy.errors import DeployError
     from deploy.pull import pull as fetch
 
@@ -119,6 +123,9 @@ def _watch(remote: Any, directory: Path, wanted: Any, *, seconds: float) -> None
             told = str(error)
         else:
             told = ""
+            wanted = dataclasses.replace(wanted, check=False)
+            if report.repaired:
+                logs.log("repaired", version=report.version, files=", ".join(report.repaired))
             if report.is_new:
                 logs.log(
                     "pulled",
@@ -130,10 +137,18 @@ def _watch(remote: Any, directory: Path, wanted: Any, *, seconds: float) -> None
 
 
 def _sentence(report: Any, url: str) -> str:
+    repaired = ", ".join(report.repaired)
+    if not report.is_new and repaired:
+        return (
+            f"version {report.version} was damaged here and is repaired: {repaired}; "
+            f"{report.bytes_moved / 1e6:,.2f} MB moved, {report.deltas_folded} deltas folded"
+        )
     if not report.is_new:
-        return f"version {report.version} is live here and in {url}"
+        checked = f"; all {report.checked} files here are as recorded" if report.checked else ""
+        return f"version {report.version} is live here and in {url}{checked}"
     share = report.bytes_moved / report.weights_bytes
-    return (
+    sentence = (
         f"version {report.version} is live: {report.bytes_moved / 1e6:,.2f} MB moved, "
         f"{share:.1%} of its weights, {report.deltas_folded} deltas folded"
     )
+    return f"{sentence}; damaged here and repaired: {repaired}" if repaired else sentence

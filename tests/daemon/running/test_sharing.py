@@ -99,6 +99,8 @@ def test_by_hand_sign_verify_mirror_pull_and_triton(home, dynlora, tmp_path, key
     code, out, _ = dynlora("pull", tmp_path / "mirror", tmp_path / "edge", "--trust", keys[1], "--json")
     assert (code, json.loads(out)["is_new"]) == (0, True)
     assert "is live here and in" in dynlora("pull", tmp_path / "mirror", tmp_path / "edge")[1]
+    code, out, _ = dynlora("pull", tmp_path / "mirror", tmp_path / "edge", "--check")
+    assert (code, "files here are as recorded" in out) == (0, True)
     code, out, _ = dynlora("--home", home, "triton", tmp_path / "models", "--json")
     assert (code, json.loads(out)["served"]) == (0, [0])
     code, _, err = dynlora("pull", tmp_path / "nothing", tmp_path / "other")
