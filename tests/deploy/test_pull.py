@@ -19,9 +19,11 @@ import pytest
 from deploy.client import Client
 from deploy.errors import DeployError, ShareError
 from deploy.manifest import DELTA_NAME, MANIFEST_NAME, WEIGHTS_NAME, file_record
+from deploy.mirror import mirror, open_target
 from deploy.pull import PullOptions, PullReport, pull
 from deploy.remote import FolderRemote, open_remote
 from deploy.store import VersionStore
+from deploy.store_reader import StoreReader
 from tests.deploy.swaps import PICTURES, point
 
 UNHEARD_OF = [{"batch": "unheard of", "delta_sha256": "0" * 64}]
@@ -67,6 +69,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
     break_after: int | None = None
     redirect_to: str | None = None
+    says_of_missing: int = 404
     asked: list[tuple[str, str | None]]
 
     def log_message(self, *_: object) -> None:
@@ -82,7 +85,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
             return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
-            self.send_error(404)
+            self.send_error(kind.says_of_missing)
             return
         content, start = path.read_bytes(), 0
         if given := self.headers.get("Range"):
@@ -193,6 +196,28 @@ def test_a_redirect_to_another_server_is_refused(serving: Path, edge: Path) -> N
             pull(open_remote(url), edge)
 
     assert VersionStore(edge).versions() == []
+
+
+@pytest.mark.parametrize("is_mirror", [True, False])
+def test_a_server_that_forbids_what_is_missing_is_pulled_from(
+    serving: Path, edge: Path, tmp_path: Path, *, is_mirror: bool
+) -> None:
+    """S3 without the right to list, and CloudFront, answer 403 where others answer 404."""
+    mirror(StoreReader(serving), open_target(str(tmp_path / "mirror")))
+    with file_server(tmp_path / "mirror" if is_mirror else serving) as (url, server):
+        server.says_of_missing = 403
+
+        assert pull(open_remote(url), edge).version == 0
+
+
+def test_a_server_that_forbids_everything_is_told_plainly(tmp_path: Path, edge: Path) -> None:
+    """A wrong address and missing rights look the same from here."""
+    with file_server(tmp_path) as (url, server):
+        server.says_of_missing = 403
+        with pytest.raises(
+            ShareError, match=r"not there, or may not be read .*403 Forbidden.*Check the address"
+        ):
+            pull(open_remote(url), edge)
 
 
 def change_manifest(serving: Path, version: int, change: Callable[[dict[str, Any]], None]) -> None:
