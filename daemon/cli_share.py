@@ -81,24 +81,38 @@ def triton(options: Options, repository: Path, *, prefix: str, server: str) -> N
 @click.command()
 @click.argument("version", required=False, type=click.IntRange(min=0))
 @click.option("--key", type=click.Path(path_type=Path), help="A private key (PEM). [default: signing.key]")
+@click.option("--all", "is_all", is_flag=True, help="Sign again what another key has signed, too.")
 @common_options
 @pass_options
-def sign(options: Options, version: int | None, *, key: Path | None) -> None:
+def sign(options: Options, version: int | None, *, key: Path | None, is_all: bool) -> None:
     """Sign a version that is published already (default: every one that has no signature)."""
     from daemon.errors import ConfigError
-    from deploy.manifest import SIGNATURE_NAME
     from deploy.signing import SigningKey
 
+    if is_all and version is not None:
+        raise click.UsageError(f"give --all or the version {version}, not both")
     path = key or Path(options.config().signing.key or ".")
     if not key and path == Path():
         raise ConfigError("there is no key to sign with: give --key FILE, or set signing.key in config.toml")
     store, signing_key = options.store(), SigningKey.load(path)
-    unsigned = [n for n in store.versions() if not (store.path(n) / SIGNATURE_NAME).exists()]
-    chosen = unsigned if version is None else [store.manifest(version).version]
-    for number in chosen:
+    if version is not None:
+        chosen = [store.manifest(version).version]
+    else:
+        chosen = _to_sign(store, signing_key, is_all=is_all)
+    for number in chosen:  # each by one rename, so that nobody ever finds none
         signing_key.sign_version(store.path(number))
-    sentence = f"signed {', '.join(map(str, chosen))}" if chosen else "every version is signed already"
+    done = "every version is signed with this key already" if is_all else "every version is signed already"
+    sentence = f"signed {', '.join(map(str, chosen))}" if chosen else done
     options.show({"signed": chosen}, lambda: click.echo(sentence))
+
+
+def _to_sign(store: Any, key: Any, *, is_all: bool) -> list[int]:
+    """The versions that nobody has signed, or that this key has not."""
+    from deploy.manifest import SIGNATURE_NAME
+
+    if is_all:
+        return [number for number in store.versions() if not key.has_signed(store.path(number))]
+    return [number for number in store.versions() if not (store.path(number) / SIGNATURE_NAME).exists()]
 
 
 def _watch(remote: Any, directory: Path, wanted: Any, *, seconds: float) -> None:

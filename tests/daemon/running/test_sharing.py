@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from daemon.config import Config, MirrorConfig, SigningConfig, TritonConfig
+from deploy.client import Client
 from deploy.manifest import SIGNATURE_NAME
 from deploy.remote import FolderRemote, read_pointer
 from deploy.store import VersionStore
@@ -107,6 +108,41 @@ def test_by_hand_sign_verify_mirror_pull_and_triton(home, dynlora, tmp_path, key
     assert (code, "is not there" in err) == (1, True)
     code, _, err = dynlora("--home", home, "sign")
     assert (code, "no key to sign with" in err) == (2, True)
+
+
+def test_a_key_is_replaced_as_the_page_says(home, dynlora, tmp_path, keys, publish_random_version):
+    """Readers with both keys, then with the new one alone: a copy that exists, and one made afterwards."""
+    make_key = importlib.import_module("tests.deploy.test_signing").make_key
+    (old, old_public), (new, new_public) = keys, make_key(tmp_path, "new")
+    trusted, source = tmp_path / "trusted.pub", tmp_path / "mirror"
+    publish_random_version(home / "serving", 1)
+
+    def pulled(edge):
+        """The version that is live in a copy, once what is live here was mirrored and pulled."""
+        assert dynlora("--home", home, "mirror", source)[0] == 0
+        code, out, err = dynlora("pull", source, tmp_path / edge, "--trust", trusted, "--json")
+        assert code == 0, err
+        return json.loads(out)["version"]
+
+    trusted.write_bytes(old_public.read_bytes())
+    assert dynlora("--home", home, "sign", "--key", old)[1] == "signed 0, 1\n"
+    assert pulled("edge") == 1
+    trusted.write_bytes(old_public.read_bytes() + new_public.read_bytes())
+    assert dynlora("--home", home, "sign", "1", "--key", new)[1] == "signed 1\n"
+    assert pulled("edge") == 1
+    assert dynlora("--home", home, "sign", "--all", "--key", new)[1] == "signed 0\n"
+    code, out, _ = dynlora("--home", home, "sign", "--all", "--key", new)
+    assert (code, out) == (0, "every version is signed with this key already\n")
+    assert pulled("edge") == 1
+    trusted.write_bytes(new_public.read_bytes())
+
+    assert (pulled("edge"), pulled("fresh")) == (1, 1)
+    VersionStore(home / "serving").roll_back(to=0, who="ann", why="odd")
+    assert (pulled("edge"), pulled("fresh")) == (0, 0)
+    with Client(tmp_path / "edge", trust=trusted) as client:
+        assert client.version == 0
+    code, _, err = dynlora("--home", home, "sign", "0", "--all", "--key", new)
+    assert (code, "not both" in err) == (2, True)
 
 
 def test_a_watching_pull_follows_until_it_is_stopped(home, tmp_path):
