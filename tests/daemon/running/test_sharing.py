@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from daemon.config import Config, MirrorConfig, SigningConfig, TritonConfig
+from daemon.sharing import Sharing
 from deploy.client import Client
 from deploy.manifest import SIGNATURE_NAME
 from deploy.remote import FolderRemote, read_pointer
@@ -51,6 +52,34 @@ def test_a_published_version_is_signed_mirrored_and_given_to_triton(bench, tmp_p
     bench.run()
     assert read_pointer(FolderRemote(tmp_path / "mirror")).version == 0
     assert not (tmp_path / "models/dynlora_text/1").exists()
+
+
+def test_a_signature_made_later_is_mirrored_by_the_running_daemon(home, dynlora, tmp_path, keys):
+    """The live version stays the same; a signature is news, and one of another key is news again."""
+    new = importlib.import_module("tests.deploy.test_signing").make_key(tmp_path, "new")
+    there = tmp_path / "mirror"
+    told = []
+    config = Config(mirror=MirrorConfig(url=str(there)))
+    shared = Sharing(home / "serving", config, lambda name, **_: told.append(name))
+    tick_until(shared, shared.is_done)
+    signature = there / "versions/0" / SIGNATURE_NAME
+    assert (signature.exists(), told) == (False, ["mirrored"])
+
+    for (private, _), expected in ((keys, ["mirrored"] * 2), (new, ["mirrored"] * 3)):
+        assert dynlora("--home", home, "sign", "--all", "--key", private)[1] == "signed 0\n"
+        tick_until(shared, lambda expected=expected: told == expected)
+        assert signature.read_bytes() == (home / "serving/versions/0" / SIGNATURE_NAME).read_bytes()
+    tick_until(shared, shared.is_done)
+    assert told == ["mirrored"] * 3
+
+
+def tick_until(shared, is_so):
+    """Tick as the daemon does."""
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        shared.tick()
+        time.sleep(0.02)
 
 
 def test_trouble_with_sharing_stops_nothing_and_is_tried_again(bench, tmp_path):
