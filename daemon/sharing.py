@@ -87,8 +87,9 @@ class Sharing:
         store = StoreReader(self._serving_dir)
         live = store.current()
         if self._config.mirror.url and time.monotonic() >= self._look_at:
-            self._signatures = _signatures_in(store)
             self._look_at = time.monotonic() + _SIGNATURES_SECONDS
+            with contextlib.suppress(OSError):  # no more files can be opened, say: the next look will tell
+                self._signatures = _signatures_in(store)
         return live, self._signatures
 
     def _finish(self) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -71,6 +72,21 @@ def test_a_signature_made_later_is_mirrored_by_the_running_daemon(home, dynlora,
         assert signature.read_bytes() == (home / "serving/versions/0" / SIGNATURE_NAME).read_bytes()
     tick_until(shared, shared.is_done)
     assert told == ["mirrored"] * 3
+
+
+def test_signatures_that_cannot_be_looked_at_are_no_news(home, tmp_path):
+    """A disk that cannot be listed for a moment neither ends the daemon nor has everything mirrored again."""
+    shared = Sharing(
+        home / "serving", Config(mirror=MirrorConfig(url=str(tmp_path / "mirror"))), lambda *_, **__: None
+    )
+    tick_until(shared, shared.is_done)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        time.sleep(1.1)  # until it looks again
+        assert shared.is_done()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def tick_until(shared, is_so):
