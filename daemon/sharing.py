@@ -1,18 +1,25 @@
-"""After each change of the live version: mirror it, give it to Triton. In a thread, so that nothing waits.
+"""After each change of the live version, or of a signature: mirror it, give it to Triton.
+
+In a thread, so that nothing waits.
 
 Everything here is copying, in steps that may be cut short and repeated: at the start of the daemon it is done
 once, whatever was done before, and the thread dies with the process. Trouble is told and tried again.
 """
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from daemon.config import Config
 from deploy.errors import DeployError, ShareError
+from deploy.manifest import SIGNATURE_NAME
 from deploy.store_reader import StoreReader
 
 Tell = Callable[..., None]
+Signatures = frozenset[tuple[int, int, int]]  # version, inode and time of each: another is another file
+_SIGNATURES_SECONDS = 1.0  # between two looks at them: there may be thousands
 
 
 def signer(config: Config) -> Callable[[Path], None] | None:
@@ -40,15 +47,17 @@ class Sharing:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._events: list[tuple[str, dict[str, object]]] = []
-        self._wanted: int | None = None
-        self._done: int | None = None
+        self._wanted: tuple[int, Signatures] | None = None
+        self._done: tuple[int, Signatures] | None = None
+        self._signatures: Signatures = frozenset()
+        self._look_at = 0.0
 
     def is_done(self) -> bool:
-        """Whether the live version is everywhere it should be."""
+        """Whether the live version is everywhere it should be, and with it what was signed since."""
         if not (self._config.mirror.url or self._config.triton.repository):
             return True
         try:
-            return self._thread is None and self._done == StoreReader(self._serving_dir).current()
+            return self._thread is None and self._done == self._state()
         except DeployError:
             return True  # nothing is live, so nothing is to be shared
 
@@ -64,10 +73,24 @@ class Sharing:
             self._finish()
             return True
         if not self.is_done():
-            self._wanted = StoreReader(self._serving_dir).current()
+            self._wanted = self._state()
             self._thread = threading.Thread(target=self._run, name="dynlora-sharing", daemon=True)
             self._thread.start()
         return False
+
+    def _state(self) -> tuple[int, Signatures]:
+        """What is to be shared: the live version's number, and which signatures there are.
+
+        Raises:
+            StoreError: nothing is live.
+        """
+        store = StoreReader(self._serving_dir)
+        live = store.current()
+        if self._config.mirror.url and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + _SIGNATURES_SECONDS
+            with contextlib.suppress(OSError):  # no more files can be opened, say: the next look will tell
+                self._signatures = _signatures_in(store)
+        return live, self._signatures
 
     def _finish(self) -> None:
         self._thread = None
@@ -107,3 +130,12 @@ class Sharing:
             report = mirror(StoreReader(self._serving_dir), open_target(settings.url), full=settings.full)
             if report.uploaded or report.removed:
                 self._events.append(("mirrored", {"live": report.version, "bytes": report.uploaded_bytes}))
+
+
+def _signatures_in(store: StoreReader) -> Signatures:
+    found = set()
+    for number in store.versions():
+        with contextlib.suppress(FileNotFoundError):
+            state = (store.path(number) / SIGNATURE_NAME).stat()
+            found.add((number, state.st_ino, state.st_mtime_ns))
+    return frozenset(found)

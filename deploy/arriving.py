@@ -140,8 +140,34 @@ class Catalogue:
                 f"{folder}/{MANIFEST_NAME} is not there: expected a mirror, or a serving directory with a "
                 "live version. Check the address."
             ) from error
-        signature = self._fetch.small_or_nothing(f"{folder}/{SIGNATURE_NAME}", MAX_SIGNATURE_BYTES)
-        return self._checked(content, signature, Path(folder))
+        except PermissionError as error:
+            raise ShareError(
+                f"{folder}/{MANIFEST_NAME} is not there, or may not be read ({error.strerror}): expected a "
+                "mirror, or a serving directory with a live version. Check the address, and what it lets "
+                "this machine read."
+            ) from error
+        return self._checked(content, self._signature(folder), Path(folder))
+
+    def _signature(self, folder: str) -> bytes:
+        """Fetch a version's signature; b"" where there is none.
+
+        S3 without the right to list, and CloudFront before it, say of a missing file that it is forbidden.
+
+        Raises:
+            ShareError: it is forbidden, and signatures are insisted on.
+        """
+        name = f"{folder}/{SIGNATURE_NAME}"
+        try:
+            return self._fetch.small(name, MAX_SIGNATURE_BYTES)
+        except FileNotFoundError:
+            return b""
+        except PermissionError as error:
+            if self._trust is None:
+                return b""
+            raise ShareError(
+                f"{name} is not there, or may not be read ({error.strerror}): expected a signature of a "
+                "trusted key. Sign it where it was made (`dynlora sign`), or let it be read from here."
+            ) from error
 
     def _checked(self, content: bytes, signature: bytes, place: Path) -> Arriving:
         if self._trust is not None:

@@ -39,18 +39,11 @@ class Fetcher:
 
         Raises:
             ShareError: it is larger.
-            FileNotFoundError, OSError: it is not there, or cannot be read.
+            FileNotFoundError, PermissionError, OSError: it is not there, or cannot be read.
         """
         content = _persist(lambda: read_small(self.remote, name, limit))
         self.bytes_moved += len(content)
         return content
-
-    def small_or_nothing(self, name: str, limit: int) -> bytes:
-        """Return a file of at most ``limit`` bytes, or b"" where there is none."""
-        try:
-            return self.small(name, limit)
-        except FileNotFoundError:
-            return b""
 
     def file(self, name: str, record: FileRecord, path: Path) -> None:
         """Put a file at ``path`` once it is what ``record`` says; not flushed to the disk.
@@ -114,11 +107,11 @@ def _sha256_of(path: Path) -> "hashlib._Hash":
 
 
 def _persist(work: Callable[[], ResultT]) -> ResultT:
-    """Try again after a passing error; a file that is missing, or wrong, will be so the next time too."""
+    """Try again after a passing error; what is missing, forbidden or wrong will be so the next time too."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return work()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
         except OSError:
             if attempt == _ATTEMPTS:

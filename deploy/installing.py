@@ -7,15 +7,16 @@ place, the weights last: until then it does not count as whole.
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from deploy import atomic, disk
 from deploy.ancestry import delta_versions, nearest_base
 from deploy.arriving import Arriving, Catalogue
 from deploy.copying import copy_file
-from deploy.delta import load_delta, write_folded
-from deploy.errors import ShareError, StoreError
+from deploy.delta import Delta, load_delta, write_folded
+from deploy.errors import DeltaError, ShareError, StoreError, WeightsError
 from deploy.fetch import PART_SUFFIX, Fetcher
 from deploy.manifest import (
     DELTA_NAME,
@@ -33,26 +34,44 @@ from deploy.weights import read_weights
 STAGING_PREFIX = ".staging-pull-"
 
 
+@dataclass(frozen=True)
+class Installed:
+    """What it took to have a version whole.
+
+    Attributes:
+        checked: how many of its files were here already and were read again.
+        repaired: names of those that were damaged, and were fetched or folded anew.
+    """
+
+    deltas_folded: int = 0
+    checked: int = 0
+    repaired: tuple[str, ...] = ()
+
+
 class Installer:
     """Brings versions of a catalogue into the store. The caller holds the store's lock."""
 
     def __init__(self, fetcher: Fetcher, store: StoreReader, catalogue: Catalogue) -> None:
         self._fetch, self._store, self._catalogue = fetcher, store, catalogue
 
-    def install(self, head: Arriving) -> int:
-        """Bring a version in, whole and checked, and return how many deltas were folded for it.
+    def install(self, head: Arriving) -> Installed:
+        """Have a version here, whole and checked; one that is here already is read again.
 
         Raises:
             As deploy.pull.pull.
         """
         known = self._catalogue.history(head)
-        number = head.manifest.version
-        if self._store.is_full(number):
-            return 0
+        if not self._store.is_full(head.manifest.version):
+            return Installed(self._bring(head, known))
+        checked, damaged = len(head.manifest.files), self._damaged(head)
+        return Installed(self._bring(head, known) if damaged else 0, checked, damaged)
+
+    def _bring(self, head: Arriving, known: dict[int, Manifest]) -> int:
+        """Bring a version in, or anew, with what it is folded from; return how many deltas that took."""
+        number, initial = head.manifest.version, min(known)
         self._drop_stagings(but=map(self._catalogue.known, known))
         wanted = delta_versions(head.manifest.lineage, known)
-        initial = min(known)
-        if not self._store.is_full(initial):
+        if number == initial or not self._store.is_full(initial):
             self._install_initial(self._catalogue.known(initial))
         for other in wanted:
             if other != number and not (self._store.path(other) / DELTA_NAME).is_file():
@@ -71,6 +90,11 @@ class Installer:
         for directory in (self._store.serving_dir, self._store.versions_dir):
             for path in list(directory.glob(f"{atomic.TEMPORARY_PREFIX}*")):
                 atomic.remove_tree(path)
+
+    def _damaged(self, head: Arriving) -> tuple[str, ...]:
+        """Read a version's files and return the names of those that are not as recorded."""
+        directory, files = self._store.path(head.manifest.version), head.manifest.files
+        return tuple(name for name in sorted(files) if not is_as_recorded(directory / name, files[name]))
 
     def _drop_stagings(self, *, but: Iterable[Arriving]) -> None:
         """Remove staging directories of versions that are not coming any more."""
@@ -133,27 +157,45 @@ class Installer:
         record = head.manifest.files[WEIGHTS_NAME]
         if is_as_recorded(staging / WEIGHTS_NAME, record):
             return 0
-        whole = {number: known[number] for number in known if self._store.is_full(number)}
-        found = None
+        whole = {
+            number: manifest
+            for number, manifest in known.items()
+            if number != head.manifest.version and self._store.is_full(number)  # itself would be damaged
+        }
+        found, problem = None, None
         for base in dict.fromkeys((nearest_base(head.manifest, whole), min(known))):
             if base is None:
                 continue
-            places = [
-                staging if number == head.manifest.version else self._store.path(number)
-                for number in wanted[len(known[base].lineage) :]
-            ]
-            deltas = [load_delta(place / DELTA_NAME) for place in places]
-            weights = read_weights(self._store.path(base) / WEIGHTS_NAME)
-            found = write_folded(staging / WEIGHTS_NAME, weights, deltas)
+            deltas = self._deltas(head, staging, wanted[len(known[base].lineage) :])
+            try:
+                weights = read_weights(self._store.path(base) / WEIGHTS_NAME)
+                found, problem = write_folded(staging / WEIGHTS_NAME, weights, deltas), None
+            except (DeltaError, WeightsError) as error:  # the weights here may be damaged where it hurts
+                problem = error
             if found == record:
                 return len(deltas)
         atomic.remove_file(staging / WEIGHTS_NAME)
         self._drop_damaged_initial(min(known), known[min(known)].files[WEIGHTS_NAME])
+        if problem is not None:
+            raise problem
         raise ShareError(
             f"the weights folded for version {head.manifest.version} are not what its manifest records: "
             f"expected sha256 {record.sha256}, found {found.sha256 if found else 'nothing'}. "
             "The live version stays; verify the store they come from."
         )
+
+    def _deltas(self, head: Arriving, staging: Path, numbers: Sequence[int]) -> list[Delta]:
+        """Read the deltas that versions brought; one that was damaged here is fetched again."""
+        deltas = []
+        for number in numbers:
+            if number == head.manifest.version:
+                place = staging
+            else:
+                arriving, place = self._catalogue.known(number), self._store.path(number)
+                if not is_as_recorded(place / DELTA_NAME, arriving.manifest.files[DELTA_NAME]):
+                    self._install_thin(arriving)
+            deltas.append(load_delta(place / DELTA_NAME))
+        return deltas
 
     def _drop_damaged_initial(self, number: int, record: FileRecord) -> None:
         """Remove the weights that all others are folded from where they are damaged.
@@ -190,9 +232,15 @@ class Installer:
             atomic.rename(staging, target)
             return
         for path in sorted(staging.iterdir(), key=lambda path: path.name == WEIGHTS_NAME):
+            if path.name == MANIFEST_NAME and _is_same(path, target / MANIFEST_NAME):
+                continue  # it stays: clients that have the version open hold a lock on it
             disk.rename(path, target / path.name)
         atomic.fsync_dir(target)
         atomic.remove_tree(staging)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def _staging_name(arriving: Arriving) -> str:

@@ -7,6 +7,7 @@ read these files: a field changes only with a new schema number and a changelog 
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,8 +183,8 @@ class ClassesFile(_Model):
 
     @model_validator(mode="after")
     def _keys_are_unique(self) -> Self:
-        keys = [entry.key for entry in self.classes]
-        doubles = sorted({key for key in keys if keys.count(key) > 1})
+        counts = Counter(entry.key for entry in self.classes)
+        doubles = sorted(key for key, count in counts.items() if count > 1)
         if doubles:
             raise ValueError(f"classes that appear twice: {', '.join(doubles)}")
         return self

@@ -24,7 +24,7 @@ from deploy import atomic, disk
 from deploy.arriving import Arriving, Catalogue
 from deploy.errors import ShareError, StoreError
 from deploy.fetch import Fetcher
-from deploy.installing import Installer
+from deploy.installing import Installed, Installer
 from deploy.manifest import SIGNATURE_NAME, Manifest
 from deploy.prune import prune_version
 from deploy.remote import Remote
@@ -53,11 +53,13 @@ class PullOptions:
         trust: keys, one of which must have signed every version.
         forward_only: refuse an older version than the live one, also where the sender rolled back.
         max_bytes: the largest weights file that is accepted.
+        check: read every file of the live version again, and repair what is damaged.
     """
 
     trust: TrustedKeys | None = None
     forward_only: bool = False
     max_bytes: int = MAX_BYTES
+    check: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class PullReport:
     """What one pull did.
 
     ``bytes_moved`` counts the content of files; ``weights_bytes`` is what the weights alone would have been.
+    ``checked`` files of the version were here already and were read again; ``repaired`` names those that
+    were damaged, and were fetched or folded anew.
     """
 
     version: int
@@ -74,6 +78,8 @@ class PullReport:
     weights_bytes: int
     deltas_folded: int
     seconds: float
+    checked: int = 0
+    repaired: tuple[str, ...] = ()
 
 
 def pull(remote: Remote, directory: Path, options: PullOptions = PullOptions()) -> PullReport:
@@ -96,14 +102,12 @@ def pull(remote: Remote, directory: Path, options: PullOptions = PullOptions()) 
         installer = Installer(fetcher, store, catalogue)
         head = catalogue.head()
         is_new = before != head.manifest.version or not store.is_full(before)
-        deltas_folded = 0
-        if is_new:
-            if options.forward_only and before is not None and head.manifest.version < before:
-                raise ShareError(
-                    f"version {head.manifest.version} is live there, version {before} is live here, and only "
-                    "newer versions are to be taken (--forward-only)"
-                )
-            deltas_folded = installer.install(head)
+        if options.forward_only and before is not None and head.manifest.version < before:
+            raise ShareError(
+                f"version {head.manifest.version} is live there, version {before} is live here, and only "
+                "newer versions are to be taken (--forward-only)"
+            )
+        installed = installer.install(head) if is_new or options.check else Installed()
         _keep_signature(store, head, is_trusted=options.trust is not None)
         if is_new:
             marker = marker if before == head.manifest.version else Marker(previous=before)
@@ -117,8 +121,10 @@ def pull(remote: Remote, directory: Path, options: PullOptions = PullOptions()) 
             is_new=is_new,
             bytes_moved=fetcher.bytes_moved,
             weights_bytes=head.weights_bytes,
-            deltas_folded=deltas_folded,
+            deltas_folded=installed.deltas_folded,
             seconds=time.monotonic() - started,
+            checked=installed.checked,
+            repaired=installed.repaired,
         )
 
 

@@ -54,6 +54,7 @@ class Remote(Protocol):
 
         Raises:
             FileNotFoundError: there is none of that name.
+            PermissionError: it may not be read; some stores say that too where there is none.
             OSError: it cannot be read; another try may help.
         """
 
@@ -99,6 +100,8 @@ class WebRemote:
             error.close()
             if error.code in {http.client.NOT_FOUND, http.client.GONE}:
                 raise FileNotFoundError(errno.ENOENT, "the server has no such file", name) from error
+            if error.code == http.client.FORBIDDEN:
+                raise PermissionError(errno.EACCES, "the server answered 403 Forbidden", name) from error
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                 raise OSError(errno.EINVAL, "the server's file is shorter than what is here", name) from error
             raise OSError(errno.EIO, f"the server answered {error.code} {error.reason}", name) from error
@@ -123,7 +126,7 @@ class _SameServer(urllib.request.HTTPRedirectHandler):
         before, after = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
         if (before.scheme, before.netloc) != (after.scheme, after.netloc):
             raise OSError(
-                errno.EACCES,
+                errno.EIO,
                 f"the server sends us on to {after.scheme}://{after.netloc}; give that address if meant",
                 req.full_url,
             )
@@ -222,8 +225,8 @@ def read_pointer(remote: Remote) -> Pointer | None:
     """
     try:
         content = read_small(remote, POINTER_NAME, _MAX_POINTER_BYTES)
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, PermissionError):
+        return None  # if it is there and may not be read, nor may what is looked for next
     try:
         return Pointer.model_validate_json(content)
     except ValidationError as error:

@@ -31,7 +31,6 @@ from deploy.manifest import (
     VISION_GRAPH_NAME,
     Manifest,
     class_key,
-    load_classes,
     load_manifest,
 )
 from deploy.opening import check_used_files, hold_shared_lock, open_session, open_tokenizer
@@ -105,10 +104,9 @@ class LoadedVersion:
             raise
 
     def _load(self, threads: int) -> None:
-        check_embeddings(self.directory, embed_dim=self.manifest.embed_dim)
+        classes = check_embeddings(self.directory, embed_dim=self.manifest.embed_dim)
         self.class_embeddings: Float32 = read_array(self.directory / CLASS_EMBEDDINGS_NAME)
         self.class_embeddings.flags.writeable = False
-        classes = load_classes(self.directory).classes
         self.class_names: tuple[str, ...] = tuple(entry.name for entry in classes)
         self._rows = {entry.key: row for row, entry in enumerate(classes)}
         self.preprocessing = Preprocessing.load(self.directory / PREPROCESSOR_NAME)

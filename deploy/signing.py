@@ -74,6 +74,18 @@ class SigningKey:
         signature = self.sign(content, manifest)
         atomic.write_file(directory / SIGNATURE_NAME, signature, mode=0o444)
 
+    def has_signed(self, directory: Path) -> bool:
+        """Tell whether ``directory``/model.sig is this key's, and over manifest.json as it lies there.
+
+        Raises:
+            ManifestError: the manifest cannot be read.
+        """
+        try:
+            TrustedKeys((self._key.public_key(),)).load_manifest(directory)
+        except SignatureError:
+            return False
+        return True
+
     def sign(self, content: bytes, manifest: Manifest) -> bytes:
         """Return the content of model.sig for a manifest and the bytes it was read from."""
         payload = json.dumps(_statement(content, manifest), indent=2).encode()

@@ -25,6 +25,7 @@ from deploy.manifest import (
     UNLISTED_NAMES,
     VISION_GRAPH_NAME,
     WEIGHTS_NAME,
+    ClassEntry,
     FileRecord,
     file_record,
     load_classes,
@@ -159,14 +160,18 @@ def check_files(directory: Path, expected: Mapping[str, FileRecord]) -> None:
             )
 
 
-def check_embeddings(directory: Path, *, embed_dim: int) -> None:
+def check_embeddings(directory: Path, *, embed_dim: int) -> tuple[ClassEntry, ...]:
     """Check that class_embeddings.npy is (classes, embed_dim) float32 with rows of length 1.
+
+    Returns:
+        The classes, which were read for it: a hundred thousand take their time.
 
     Raises:
         VerifyError: it is not, or the file cannot be read.
         ManifestError: the class list cannot be read.
     """
-    path, expected = directory / CLASS_EMBEDDINGS_NAME, (len(load_classes(directory).classes), embed_dim)
+    classes = load_classes(directory).classes
+    path, expected = directory / CLASS_EMBEDDINGS_NAME, (len(classes), embed_dim)
     embeddings = read_array(path)
     if embeddings.shape != expected or embeddings.dtype != np.float32:
         raise VerifyError(
@@ -179,6 +184,7 @@ def check_embeddings(directory: Path, *, embed_dim: int) -> None:
         raise VerifyError(
             f"{path}: row {row} must have length 1, found {np.linalg.norm(embeddings[row]):.6g}"
         )
+    return classes
 
 
 def check_structure(directory: Path) -> None:

@@ -147,3 +147,35 @@ def test_a_record_is_sha256_and_size_of_every_file_but_the_manifest(tmp_path: Pa
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_record(tmp_path / "abc") == FileRecord(sha256=sha256, bytes=3)
     assert list(record_files(tmp_path)) == ["abc"]
+
+
+class Counted(str):
+    """A key that counts how often one is compared with another."""
+
+    __slots__ = ()
+    comparisons = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.comparisons += 1
+        return str.__eq__(self, other)  # type: ignore[arg-type]
+
+    __hash__ = str.__hash__
+
+
+def test_each_class_is_looked_at_once_however_many_there_are() -> None:
+    """Among a hundred thousand, comparing each with all others would take minutes."""
+    keys = [Counted(f"kind {i}") for i in range(2000)]
+    ClassesFile(
+        classes=tuple(ClassEntry.model_construct(name=key, key=key, template="a {}.") for key in keys)
+    )
+
+    assert Counted.comparisons < len(keys)
+
+
+def test_a_hundred_thousand_classes_are_read(tmp_path: Path) -> None:
+    """A list of that length is within the limits, and read in a moment."""
+    names = [f"kind of thing number {i}" for i in range(100_000)]
+    entries = [{"name": name, "key": name, "template": "a {}."} for name in names]
+    (tmp_path / "classes.json").write_text(json.dumps({"schema": 1, "classes": entries}))
+
+    assert len(load_classes(tmp_path).classes) == len(names)

@@ -19,9 +19,11 @@ import pytest
 from deploy.client import Client
 from deploy.errors import DeployError, ShareError
 from deploy.manifest import DELTA_NAME, MANIFEST_NAME, WEIGHTS_NAME, file_record
+from deploy.mirror import mirror, open_target
 from deploy.pull import PullOptions, PullReport, pull
 from deploy.remote import FolderRemote, open_remote
 from deploy.store import VersionStore
+from deploy.store_reader import StoreReader
 from tests.deploy.swaps import PICTURES, point
 
 UNHEARD_OF = [{"batch": "unheard of", "delta_sha256": "0" * 64}]
@@ -67,6 +69,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
     break_after: int | None = None
     redirect_to: str | None = None
+    says_of_missing: int = 404
     asked: list[tuple[str, str | None]]
 
     def log_message(self, *_: object) -> None:
@@ -82,7 +85,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
             return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
-            self.send_error(404)
+            self.send_error(kind.says_of_missing)
             return
         content, start = path.read_bytes(), 0
         if given := self.headers.get("Range"):
@@ -193,6 +196,28 @@ def test_a_redirect_to_another_server_is_refused(serving: Path, edge: Path) -> N
             pull(open_remote(url), edge)
 
     assert VersionStore(edge).versions() == []
+
+
+@pytest.mark.parametrize("is_mirror", [True, False])
+def test_a_server_that_forbids_what_is_missing_is_pulled_from(
+    serving: Path, edge: Path, tmp_path: Path, *, is_mirror: bool
+) -> None:
+    """S3 without the right to list, and CloudFront, answer 403 where others answer 404."""
+    mirror(StoreReader(serving), open_target(str(tmp_path / "mirror")))
+    with file_server(tmp_path / "mirror" if is_mirror else serving) as (url, server):
+        server.says_of_missing = 403
+
+        assert pull(open_remote(url), edge).version == 0
+
+
+def test_a_server_that_forbids_everything_is_told_plainly(tmp_path: Path, edge: Path) -> None:
+    """A wrong address and missing rights look the same from here."""
+    with file_server(tmp_path) as (url, server):
+        server.says_of_missing = 403
+        with pytest.raises(
+            ShareError, match=r"not there, or may not be read .*403 Forbidden.*Check the address"
+        ):
+            pull(open_remote(url), edge)
 
 
 def change_manifest(serving: Path, version: int, change: Callable[[dict[str, Any]], None]) -> None:
@@ -307,6 +332,104 @@ def test_damaged_base_weights_are_told_and_fetched_anew(serving: Path, copy_of_0
         fetch(serving, edge)
     assert fetch(serving, edge).version == 1
     assert weights_of(edge, 1) == weights_of(serving, 1)
+
+
+def damage(path: Path, *, cut_to: int | None = None) -> None:
+    """Change one byte of a published file, or cut it short."""
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 0x55
+    path.write_bytes(content[:cut_to])
+
+
+@pytest.fixture(scope="session")
+def pulled_1_and_2(published: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A store and its copy, which has pulled versions 1 and 2 and is at 1; neither is to be changed."""
+    folder = tmp_path_factory.mktemp("pulled")
+    source, copy = folder / "source", folder / "edge"
+    shutil.copytree(published, source, symlinks=True)
+    for version in (2, 1):
+        point(source, version)
+        fetch(source, copy)
+    return source, copy
+
+
+@pytest.mark.parametrize("cut_to", [None, 1000])
+def test_a_damaged_delta_of_an_ancestor_is_fetched_anew(
+    pulled_1_and_2: tuple[Path, Path], tmp_path: Path, cut_to: int | None
+) -> None:
+    """What the disk here spoilt does not stop the copy, nor is the sender blamed for it."""
+    serving, edge = tmp_path / "serving", tmp_path / "edge"
+    for source, target in zip(pulled_1_and_2, (serving, edge), strict=True):
+        shutil.copytree(source, target, symlinks=True)
+    (edge / "versions/2" / WEIGHTS_NAME).unlink()
+    damage(edge / "versions/1" / WEIGHTS_NAME)
+    damage(edge / "versions/1" / DELTA_NAME, cut_to=cut_to)
+    point(serving, 2)
+
+    report = fetch(serving, edge)
+
+    assert (report.version, report.deltas_folded) == (2, 2)
+    assert weights_of(edge, 2) == weights_of(serving, 2)
+    assert file_record(edge / "versions/1" / DELTA_NAME) == file_record(serving / "versions/1" / DELTA_NAME)
+
+
+@pytest.mark.parametrize("names", [[WEIGHTS_NAME], [DELTA_NAME, "classes.json"]])
+def test_a_check_repairs_the_live_version_beside_a_client(
+    pulled_1_and_2: tuple[Path, Path], tmp_path: Path, names: list[str]
+) -> None:
+    """Damage that changes no size is found by reading; a client takes the repaired version up."""
+    serving, edge = pulled_1_and_2[0], tmp_path / "edge"
+    shutil.copytree(pulled_1_and_2[1], edge, symlinks=True)
+    manifest = (edge / "versions/1" / MANIFEST_NAME).stat().st_ino
+    for name in names:
+        damage(edge / "versions/1" / name)
+
+    assert fetch(serving, edge).checked == 0
+    report = fetch(serving, edge, check=True)
+
+    assert (report.is_new, sorted(report.repaired)) == (False, sorted(names))
+    assert weights_of(edge, 1) == weights_of(serving, 1)
+    assert (edge / "versions/1" / MANIFEST_NAME).stat().st_ino == manifest  # clients have it locked
+    again = fetch(serving, edge, check=True)
+    assert (again.repaired, again.checked) == ((), len(VersionStore(edge).manifest(1).files))
+    with Client(edge) as client:
+        assert client.version == 1
+
+
+def test_a_check_repairs_version_0(serving: Path, copy_of_0: Path) -> None:
+    """The weights that are folded from nothing are fetched."""
+    damage(copy_of_0 / "versions/0" / WEIGHTS_NAME)
+
+    assert fetch(serving, copy_of_0, check=True).repaired == (WEIGHTS_NAME,)
+    assert weights_of(copy_of_0, 0) == weights_of(serving, 0)
+
+
+def test_a_version_that_was_damaged_meanwhile_does_not_become_live_again(
+    pulled_1_and_2: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A roll-back to weights that are here reads them first, without being asked."""
+    serving, edge = tmp_path / "serving", tmp_path / "edge"
+    for source, target in zip(pulled_1_and_2, (serving, edge), strict=True):
+        shutil.copytree(source, target, symlinks=True)
+    damage(edge / "versions/2" / WEIGHTS_NAME)
+    point(serving, 2)
+
+    assert fetch(serving, edge).repaired == (WEIGHTS_NAME,)
+    assert weights_of(edge, 2) == weights_of(serving, 2)
+
+
+def test_base_weights_that_cannot_even_be_read_are_fetched_anew(serving: Path, copy_of_0: Path) -> None:
+    """Damage in the head of the file, where its layout is told, is damage like any other."""
+    weights = copy_of_0 / "versions/0" / WEIGHTS_NAME
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:
+        file.write(b"\xff" * 64)
+    point(serving, 1)
+
+    with pytest.raises(ShareError, match="damaged and has been removed"):
+        fetch(serving, copy_of_0)
+    assert fetch(serving, copy_of_0).version == 1
 
 
 def test_two_pulls_at_once_do_not_meet(serving: Path, copy_of_0: Path) -> None:

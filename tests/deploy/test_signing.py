@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from deploy.client import Client
-from deploy.errors import ManifestError, SignatureError
+from deploy.errors import ManifestError, ShareError, SignatureError
 from deploy.manifest import MANIFEST_NAME, SIGNATURE_NAME, UNLISTED_NAMES
 from deploy.prune import prune_version
 from deploy.pull import PullOptions, pull
-from deploy.remote import FolderRemote
+from deploy.remote import FolderRemote, open_remote
 from deploy.signing import SigningKey, TrustedKeys
 from deploy.store import VersionStore
 from deploy.verify import verify_version
 from tests.deploy.swaps import point
+from tests.deploy.test_pull import file_server
 
 pytest.importorskip("cryptography", reason="signatures need the signing extra")
 
@@ -240,6 +241,18 @@ def test_a_copy_gets_the_signature_that_came_later_and_the_new_key_s(
         trusted = TrustedKeys.load(public)
         assert pull(FolderRemote(serving), edge, PullOptions(trust=trusted)).version == 0
         assert trusted.load_manifest(edge / "versions/0").version == 0
+
+
+def test_a_forbidden_signature_is_no_signature_for_who_insists_on_one(
+    serving: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    """A file that may not be read is refused with what to do, not taken as fine."""
+    with file_server(serving) as (url, server):
+        server.says_of_missing = 403
+        with pytest.raises(ShareError, match=r"model\.sig is not there, or may not be read"):
+            pull(open_remote(url), tmp_path / "edge", PullOptions(trust=TrustedKeys.load(keys[1])))
+
+    assert VersionStore(tmp_path / "edge").versions() == []
 
 
 def test_a_signed_file_that_is_no_manifest_is_refused(small: Path, keys: tuple[Path, Path]) -> None:
