@@ -66,6 +66,13 @@ def missing_packages() -> list[str]:
     show_default=True,
     help="At work or waiting, per worker; more are answered 429.",
 )
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Per worker; more are answered 503 and closed.",
+)
 @click.option("--max-body-mb", type=click.IntRange(1), default=32, show_default=True, help="Largest request.")
 @click.option(
     "--timeout",
@@ -104,6 +111,7 @@ def serve(options: Options, /, **given: Any) -> None:
     limits = Limits(
         body_bytes=given["max_body_mb"] << 20,
         requests=given["max_requests"],
+        connections=given["max_connections"],
         request_seconds=given["timeout"],
     )
     inherited = inherited_listener()

@@ -25,6 +25,8 @@ class Limits:
     requests: int = 128  # at work or waiting, per worker; what comes on top is answered 429
     waiting_bytes: int = 256 << 20  # bodies of all of them together
     request_seconds: float = 30.0
+    connections: int = 1024  # per worker; what comes on top is answered 503 and closed
+    head_seconds: float = 10.0  # for a connection's first request, and for all headers of each
 
 
 @dataclass(frozen=True)
