@@ -37,6 +37,13 @@ def missing_packages() -> list[str]:
 )
 @click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a token.")
 @click.option(
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Without a token, answer to this name, too: a proxy's on this machine. May come several times.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1, 256),
     default=1,
@@ -116,7 +123,7 @@ def serve(options: Options, /, **given: Any) -> None:
     )
     inherited = inherited_listener()
     given |= _address(inherited)
-    same = ("allow_anyone", "workers", "threads", "max_batch", "max_delay_ms")
+    same = ("allow_anyone", "allow_hosts", "workers", "threads", "max_batch", "max_delay_ms")
     where = ("host", "port", "uds", "is_inherited")
     settings = Settings(
         serving_dir=(given["store"] or options.existing_home() / "serving").absolute(),

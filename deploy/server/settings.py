@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,7 @@ from deploy.errors import ServerError
 
 CREDENTIAL_NAME = "dynlora-token"  # systemd: LoadCredential=dynlora-token:/etc/dynlora/token
 MIN_TOKEN_CHARACTERS = 16
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Settings:
     is_inherited: bool = False
     token: str | None = field(default=None, repr=False)
     allow_anyone: bool = False
+    allow_hosts: tuple[str, ...] = ()  # names that a server without a token answers to besides its own
     workers: int = 1
     threads: int = 0
     max_batch: int = 16
@@ -55,6 +58,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        for name in self.allow_hosts:
+            if not _HOST_NAME.fullmatch(name):
+                raise ServerError(
+                    f"--allow-host takes a name or an IPv4 address alone, as clip.example.org, found {name!r}"
+                )
         if not (self.uds or self.token or self.allow_anyone or is_loopback(self.host)):
             raise ServerError(
                 f"{self.host} can be reached by other machines, and there is no token: give "
@@ -96,7 +104,8 @@ class Settings:
             "serving_dir": Path(document["serving_dir"]),
             "uds": Path(document["uds"]) if document["uds"] else None,
         }
-        return cls(**(document | paths | {"limits": Limits(**document["limits"])}))
+        hosts = {"allow_hosts": tuple(document["allow_hosts"])}
+        return cls(**(document | paths | hosts | {"limits": Limits(**document["limits"])}))
 
 
 def is_loopback(host: str) -> bool:
