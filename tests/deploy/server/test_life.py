@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
 import pytest
@@ -315,6 +317,17 @@ def test_the_pages_need_nothing_from_elsewhere(http: httpx.Client) -> None:
     for name in ("page.js", "docs.js", "page.css"):
         assert "://" not in http.get(f"/page/{name}").text
     assert http.get("/page/..%2Fapp.py").status_code == 404
+
+
+def test_the_pages_find_their_parts_under_any_path_of_a_proxy(http: httpx.Client) -> None:
+    """All that they name is relative to where they are."""
+    for page in ("/", "/docs"):
+        for target in re.findall(r'(?:href|src)="([^"]*)"', http.get(page).text):
+            there = urljoin(f"http://proxy.example/clip{page}", target)
+            assert there.startswith("http://proxy.example/clip/"), target
+            assert http.get(there.removeprefix("http://proxy.example/clip")).status_code == 200
+    for name in ("page.js", "docs.js"):
+        assert not re.search(r"""["'`]/""", http.get(f"/page/{name}").text)
 
 
 def test_the_openapi_document_tells_every_path(http: httpx.Client) -> None:
