@@ -71,7 +71,7 @@ class Connection(HttpToolsProtocol):
     _is_ending = False
     _head_since: float | None = None  # since when a head is due; None where nobody has to send one
     _head_bytes = 0  # read since the last piece of a body, or the last whole request
-    _closing_since: float | None = None
+    _unread_since: float | None = None  # since when the client has not read what is to be sent
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there; it has some time to ask, if it is not one too many."""
@@ -137,13 +137,21 @@ class Connection(HttpToolsProtocol):
         else:
             self.cycle.keep_alive = False  # the request before it still gets its answer
 
+    def pause_writing(self) -> None:
+        """More waits to be sent than the client reads."""
+        self._unread_since = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """The client has read on."""
+        self._unread_since = None
+        super().resume_writing()
+
     def abort_if_unread(self, now: float, seconds: float) -> None:
-        """Give up a closed connection whose client does not read what is left to send."""
-        if not self.transport.is_closing():
-            return
-        if self._closing_since is None:
-            self._closing_since = now
-        elif now - self._closing_since > seconds:
+        """Give up a client who has not read what is to be sent for so long; closing would wait for ever."""
+        if self._unread_since is None:
+            self._unread_since = now if self.transport.is_closing() else None
+        elif now - self._unread_since > seconds:
             self.transport.abort()
 
     def shutdown(self) -> None:

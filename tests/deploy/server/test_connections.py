@@ -139,3 +139,24 @@ def test_connections_beyond_the_limit_are_refused_and_places_come_back(strict: S
         kept[0].sendall(HEAD + b"\r\n")
         assert answer_on(kept[0])[0] == 200
     wait_for(lambda: httpx.get(f"{strict.url}/version").status_code == 200)
+
+
+@pytest.mark.nightly  # some seconds, until all buffers are full
+def test_who_reads_no_answers_is_given_up(strict: Server) -> None:
+    """Asking on and on without reading keeps no connection."""
+    host, port = strict.url.removeprefix("http://").split(":")
+    with socket.socket() as greedy:
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        greedy.connect((host, int(port)))
+        greedy.settimeout(0.1)
+
+        def is_given_up() -> bool:
+            try:
+                greedy.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+            except TimeoutError:
+                return False
+            except OSError:
+                return True
+            return False
+
+        wait_for(is_given_up)
