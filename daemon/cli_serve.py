@@ -38,6 +38,13 @@ def missing_packages() -> list[str]:
 @click.option("--trust", type=click.Path(path_type=Path), help="Public keys (PEM); one must have signed.")
 @click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a token.")
 @click.option(
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Without a token, answer to this name, too: a proxy's on this machine. May come several times.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1, 256),
     default=1,
@@ -66,6 +73,13 @@ def missing_packages() -> list[str]:
     default=128,
     show_default=True,
     help="At work or waiting, per worker; more are answered 429.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Per worker; more are answered 503 and closed.",
 )
 @click.option("--max-body-mb", type=click.IntRange(1), default=32, show_default=True, help="Largest request.")
 @click.option(
@@ -105,11 +119,12 @@ def serve(options: Options, /, **given: Any) -> None:
     limits = Limits(
         body_bytes=given["max_body_mb"] << 20,
         requests=given["max_requests"],
+        connections=given["max_connections"],
         request_seconds=given["timeout"],
     )
     inherited = inherited_listener()
     given |= _address(inherited)
-    same = ("allow_anyone", "workers", "threads", "max_batch", "max_delay_ms")
+    same = ("allow_anyone", "allow_hosts", "workers", "threads", "max_batch", "max_delay_ms")
     where = ("host", "port", "uds", "is_inherited")
     settings = Settings(
         serving_dir=(given["store"] or options.existing_home() / "serving").absolute(),

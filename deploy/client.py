@@ -30,7 +30,7 @@ from deploy.errors import ClientError, DeployError
 from deploy.lending import LentVersion
 from deploy.parts import MAX_BATCH
 from deploy.preprocess import ImageSource
-from deploy.runtime import DEFAULT_TOP, LoadedVersion
+from deploy.runtime import DEFAULT_TOP, LoadedVersion, expect_list
 from deploy.signing import TrustedKeys
 from deploy.stream import Question, StreamAnswer, answer_stream
 from deploy.target import Failure, Target, resolve_current, state_of
@@ -132,7 +132,8 @@ class Client:
 
         Raises:
             ImageError: a picture cannot be used; says which.
-            ClientError: there is nothing to choose from, or the client is closed.
+            ClientError: there is nothing to choose from, ``unknown`` has nothing left to compare with (the
+                labels name all of deploy.unknown.BACKGROUND), a list is none, or the client is closed.
         """
         with self.hold() as loaded:
             embeddings = loaded.encode_images(images)
@@ -162,11 +163,15 @@ class Client:
             batch_size: pictures that go through the model together, if so many have arrived.
 
         Raises:
-            ClientError: there is nothing to choose from, or the client is closed.
+            ClientError: at once where ``images`` is a single picture or ``labels`` a single text; with the
+                first answer where there is nothing to choose from, ``unknown`` has nothing left to compare
+                with, or the client is closed.
             Exception: what the iterable raised, after the answers to what came before.
         """
         if batch_size < 1:
             raise ClientError(f"batch_size must be at least 1, found {batch_size}")
+        expect_list(images, "pictures")
+        expect_list(labels, "labels")
         return answer_stream(
             self.hold, images, Question(labels, top, unknown), batch_size=min(batch_size, MAX_BATCH)
         )

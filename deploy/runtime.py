@@ -157,7 +157,7 @@ class LoadedVersion:
             ImageError: one cannot be used; says which.
             ClientError: this is one picture, not a list of them.
         """
-        _expect_list(images, "pictures")
+        expect_list(images, "pictures")
         embeddings = np.empty((len(images), self.manifest.embed_dim), np.float32)
         for start in range(0, len(images), MAX_BATCH):
             part = range(start, min(start + MAX_BATCH, len(images)))
@@ -171,7 +171,7 @@ class LoadedVersion:
         Raises:
             ClientError: this is one text, not a list of them.
         """
-        _expect_list(texts, "texts")
+        expect_list(texts, "texts")
         return self._run(self._text, "text_embeds", {"input_ids": self._tokenizer(texts)})
 
     def encode_ids(self, input_ids: Int64) -> Float32:
@@ -241,10 +241,17 @@ class LoadedVersion:
             labels: as for ``classify``.
 
         Raises:
-            ClientError: there are no labels.
+            ClientError: there are no labels, or they name all of the background.
         """
         names, rows = self._choices(labels)
-        beside = self._background_embeddings()[rows_beside([class_key(name) for name in names])]
+        left = rows_beside([class_key(name) for name in names])
+        if not left:
+            raise ClientError(
+                f"there is no unknown score: the labels name all {len(BACKGROUND)} things that pictures "
+                "are compared with besides (deploy.unknown.BACKGROUND); ask with fewer labels, or without "
+                "`unknown`"
+            )
+        beside = self._background_embeddings()[left]
         chosen = beside[choose_background(rows, beside)]
         scale = self.score_scale
         return unknown_scores(scale * (image_embeds @ rows.T), scale * (image_embeds @ chosen.T))
@@ -337,7 +344,7 @@ class LoadedVersion:
                     f"version {self.version} knows no classes yet: pass labels, or drop a class folder first"
                 )
             return self.class_names, self.class_embeddings
-        _expect_list(labels, "labels")
+        expect_list(labels, "labels")
         if not labels:
             raise ClientError("there is nothing to choose from: the list of labels is empty")
         return labels, self._embed_labels(labels)
@@ -372,7 +379,12 @@ class LoadedVersion:
         return run_in_parts(run, rows, self.manifest.embed_dim, at_once=self.runs_at_once)
 
 
-def _expect_list(values: Any, what: str) -> None:
+def expect_list(values: Any, what: str) -> None:
+    """Refuse what could be iterated over, but is a single one.
+
+    Raises:
+        ClientError: says what to do.
+    """
     if isinstance(values, str | bytes | os.PathLike | Image.Image):
         raise ClientError(f"expected a list of {what}, found a single {type(values).__name__}: put it in [ ]")
 

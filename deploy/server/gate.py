@@ -22,6 +22,7 @@ from deploy.server.state import State
 
 OPEN_PATHS = ("/", "/docs", "/page/", "/openapi.json", "/v2/health/live", "/v2/health/ready")
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_LOOPBACK_RANGE = "127."  # and numbers: no page can make a name of its own out of them
 _UNADMITTED_BYTES = 64 << 10  # of a request that makes no model work
 _BODILESS = ("GET", "HEAD")
 _OUTCOMES = {408: "timeout", 429: "rejected", 503: "timeout"}
@@ -38,7 +39,11 @@ class Gate:
         token = state.settings.token
         self._expected = f"Bearer {token}".encode() if token else None
         # Without a token a page of the web could, through a name that it points at 127.0.0.1, ask us.
-        self._is_private = not token and not state.settings.uds and is_loopback(state.settings.host)
+        settings = state.settings
+        self._is_private = not token and not settings.uds and is_loopback(settings.host)
+        self._allowed = frozenset(name.lower() for name in settings.allow_hosts)
+        address = f"[{settings.host}]" if ":" in settings.host else settings.host
+        self._names = self._allowed.union(_LOOPBACK_NAMES, [address.lower()])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one HTTP request, or pass on what is none."""
@@ -73,14 +78,31 @@ class Gate:
             if not is_open and not hmac.compare_digest(given, self._expected):
                 raise Problem(401, "this server wants `Authorization: Bearer TOKEN`")
         elif self._is_private:
-            host = headers.get(b"host", b"localhost").decode("latin-1").lower()
-            name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-            if name not in _LOOPBACK_NAMES:
-                raise Problem(403, f"this server is for this machine only, and {name!r} is not its name")
-            # A page of the web cannot read our answers, but could keep us busy.
-            origin = headers.get(b"origin", b"").decode("latin-1").lower()
-            if origin and origin.partition("://")[2] != host:
-                raise Problem(403, f"this server is for this machine only, not for pages of {origin!r}")
+            self._check_host(headers)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """Refuse who came by another name than ours, and pages of other names."""
+        host = headers.get(b"host", b"localhost").decode("latin-1").lower()
+        name = _without_port(host)
+        if name not in self._names and not _is_in_loopback_range(name):
+            raise Problem(
+                403,
+                f"this server is for this machine only, and {name!r} is not its name: start it with a token "
+                "(--token-file), or with --allow-host and the name, if a proxy on this machine passes it on",
+            )
+        # A page of the web cannot read our answers, but could keep us busy.
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        asking = origin.partition("://")[2]
+        if origin and asking != host and _without_port(asking) not in self._allowed:
+            raise Problem(403, f"this server is for this machine only, not for pages of {origin!r}")
+
+
+def _without_port(host: str) -> str:
+    return host if host.endswith("]") else host.rsplit(":", 1)[0]
+
+
+def _is_in_loopback_range(name: str) -> bool:
+    return name.startswith(_LOOPBACK_RANGE) and is_loopback(name)
 
 
 class _Exchange:

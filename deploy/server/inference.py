@@ -15,12 +15,12 @@ from deploy.server.exchange import Shortcuts, header_of, read_body, reply
 from deploy.server.models import MODELS, Model, Outputs
 from deploy.server.outputs import build_response
 from deploy.server.problems import Problem
+from deploy.server.settings import Limits
 from deploy.server.state import State, release, state_of
-from deploy.server.tensors import InferRequest, parse_request
+from deploy.server.tensors import LARGE_JSON_BYTES, InferRequest, parse_request
 from deploy.server.versions import Slot
 
 HEADER_LENGTH = b"inference-header-content-length"
-_LARGE_JSON_BYTES = 64 << 10  # parsing more than this would be felt by others on the event loop
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
@@ -83,7 +83,7 @@ class Infer:
         """Answer one request."""
         state, model, version = self._state, _named(scope["path_params"]), _numbered(scope["path_params"])
         slot = await state.versions.named(version)
-        parsed = await _read(scope, receive, model, slot)
+        parsed = await _read(scope, receive, model, slot, state.settings.limits)
         model.check_inputs(parsed, state.settings.limits)
         wanted = model.wanted(slot.loaded, parsed)
 
@@ -109,16 +109,16 @@ def note(scope: Scope, call: Call, *, rows: int) -> None:
     scope["state"] = {"version": call.slot.version, "stages": call.stages, "rows": rows}
 
 
-async def _read(scope: Scope, receive: Receive, model: Model, slot: Slot) -> InferRequest:
+async def _read(scope: Scope, receive: Receive, model: Model, slot: Slot, limits: Limits) -> InferRequest:
     body = await read_body(receive)
     given = header_of(scope, HEADER_LENGTH)
     if given is not None and not (given.isascii() and given.isdigit() and len(given) < 19):
         raise Problem(400, f"{HEADER_LENGTH.decode()} is not a number: {given!r}")
     length = None if given is None else int(given)
     specs = model.inputs(slot.loaded)
-    if (len(body) if length is None else length) > _LARGE_JSON_BYTES:
-        return await asyncio.to_thread(parse_request, body, length, specs)
-    return parse_request(body, length, specs)
+    if (len(body) if length is None else length) > LARGE_JSON_BYTES:
+        return await asyncio.to_thread(parse_request, body, length, specs, limits.images)
+    return parse_request(body, length, specs, limits.images)
 
 
 def _named(path: Mapping[str, Any]) -> Model:

@@ -11,7 +11,7 @@ from deploy.server.tensors import Spec
 
 Document = dict[str, Any]
 
-_ALWAYS = (400, 403, 404, 405)
+_ALWAYS = (400, 403, 404, 405, 431)
 _WORK = (408, 411, 413, 415, 429, 503)
 _STRING: Document = {"type": "string"}
 

@@ -15,6 +15,7 @@ STATUSES = {
     413: "The body, or what it asks for, is above a limit; `error` says which.",
     415: "The Content-Type or Content-Encoding of the body is not one that this path reads.",
     429: "The server is busy; try again after the seconds in Retry-After.",
+    431: "The headers are larger than a request's may be.",
     503: "The server is not ready, or could not answer in time.",
 }
 

@@ -19,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from deploy.server.app import build_app
-from deploy.server.connections import Connection
+from deploy.server.connections import connections_within
 from deploy.server.engine import Engine
 from deploy.server.metrics import Metrics
 from deploy.server.settings import Settings
@@ -90,7 +90,7 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http=Connection,
+        http=connections_within(settings.limits),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from deploy.errors import ServerError
 CREDENTIAL_NAME = "dynlora-token"  # systemd: LoadCredential=dynlora-token:/etc/dynlora/token
 MIN_TOKEN_CHARACTERS = 16
 _PATHS = ("serving_dir", "uds", "trust")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Limits:
     requests: int = 128  # at work or waiting, per worker; what comes on top is answered 429
     waiting_bytes: int = 256 << 20  # bodies of all of them together
     request_seconds: float = 30.0
+    connections: int = 1024  # per worker; what comes on top is answered 503 and closed
+    head_seconds: float = 10.0  # for a connection's first request, and for all headers of each
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     allow_anyone: bool = False
     trust: Path | None = None
+    allow_hosts: tuple[str, ...] = ()  # names that a server without a token answers to besides its own
     workers: int = 1
     threads: int = 0
     max_batch: int = 16
@@ -56,6 +61,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        for name in self.allow_hosts:
+            if not _HOST_NAME.fullmatch(name):
+                raise ServerError(
+                    f"--allow-host takes a name or an IPv4 address alone, as clip.example.org, found {name!r}"
+                )
         if not (self.uds or self.token or self.allow_anyone or is_loopback(self.host)):
             raise ServerError(
                 f"{self.host} can be reached by other machines, and there is no token: give "
@@ -94,7 +104,8 @@ class Settings:
     def from_json(cls, document: dict[str, Any]) -> Self:
         """What ``to_json`` wrote."""
         paths = {name: Path(document[name]) for name in _PATHS if document[name] is not None}
-        return cls(**(document | paths | {"limits": Limits(**document["limits"])}))
+        hosts = {"allow_hosts": tuple(document["allow_hosts"])}
+        return cls(**(document | paths | hosts | {"limits": Limits(**document["limits"])}))
 
 
 def is_loopback(host: str) -> bool:

@@ -7,6 +7,7 @@ Pure functions over bytes. Numbers that come in binary are not copied: an array 
 """
 
 import binascii
+import itertools
 import json
 import math
 import struct
@@ -22,6 +23,12 @@ from deploy.server.problems import Problem
 
 Tensor = NDArray[Any] | list[bytes]
 
+LARGE_JSON_BYTES = 64 << 10  # parsing more than this would be felt by others on the event loop
+
+# Decoding holds Python's lock, and everybody else waits. What many bytes can cost most is bounded by these.
+_JSON_NUMBERS = 1 << 20  # half a second of a core; other threads have their turn in between
+_JSON_MARKS = 1 << 16  # brackets, braces, commas and colons besides those of numbers: texts have some too
+
 _REMEMBERED_HEADERS = 128
 _REMEMBERED_BYTES = 4096  # of one header: half a megabyte of them at most
 
@@ -30,8 +37,18 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _float(text: str) -> float:
+    return float(text)
+
+
+def _int(text: str) -> int:
+    return int(text)
+
+
 # Made once: json.loads would make a new one for each request.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+# Calls a function of Python's for each number, and at each of those another thread may take the lock.
+_PATIENT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_float, parse_int=_int)
 
 _DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8")}
 
@@ -64,8 +81,13 @@ class InferRequest:
     is_binary: bool = False
 
 
-def parse_request(body: bytes, header_length: int | None, specs: Sequence[Spec]) -> InferRequest:
+def parse_request(
+    body: bytes, header_length: int | None, specs: Sequence[Spec], most_rows: int = 64
+) -> InferRequest:
     """Return the request in ``body``; header length None means JSON alone, 0 means one raw tensor.
+
+    Args:
+        most_rows: of numbers in JSON; with more of them it is refused before it is decoded.
 
     Raises:
         Problem: it is not one, or its tensors do not fit ``specs``.
@@ -75,10 +97,28 @@ def parse_request(body: bytes, header_length: int | None, specs: Sequence[Spec])
     if header_length is not None and header_length > len(body):
         raise Problem(400, f"Inference-Header-Content-Length is {header_length}, the body {len(body)} bytes")
     length = len(body) if header_length is None else header_length
+    if length > LARGE_JSON_BYTES:
+        _check_marks(memoryview(body)[:length], specs, most_rows)
     read = _remembered_header if length <= _REMEMBERED_BYTES else _read_header
     header = read(body[:length], tuple(specs))
     inputs = header.take_from(memoryview(body)[length:])
     return InferRequest(inputs, header.id, header.parameters, header.outputs, header.is_binary)
+
+
+def _check_marks(text: memoryview, specs: Sequence[Spec], most_rows: int) -> None:
+    """Compare how much a decoder would have to make with what the inputs can need at most."""
+    tails = [spec.shape[1:] for spec in specs if spec.datatype != "BYTES"]
+    numbers = min(_JSON_NUMBERS, most_rows * sum(math.prod(tail) for tail in tails))
+    lists = most_rows * sum(math.prod(tail[:depth]) for tail in tails for depth in range(len(tail)))
+    marks = np.frombuffer(text, np.uint8)
+    for signs, most in ((",", numbers), ("[", lists), ("{:", 0)):
+        found = sum(int(np.count_nonzero(marks == ord(sign))) for sign in signs)
+        if found > most + _JSON_MARKS:
+            raise Problem(
+                413,
+                f"the JSON has {found} of the characters {' '.join(signs)}, at most {most + _JSON_MARKS} are "
+                "allowed: send numbers and files as binary tensors (binary_data_size), or fewer at once",
+            )
 
 
 @dataclass(frozen=True)
@@ -133,7 +173,9 @@ def parse_json(text: bytes) -> dict[str, Any]:
         Problem: it is not one.
     """
     try:
-        document = _DECODER.decode(text.decode(json.detect_encoding(text), "surrogatepass"))
+        decoder = _DECODER if len(text) <= LARGE_JSON_BYTES else _PATIENT_DECODER
+        # Strictly: letting half characters pass takes Python a moment for each of them.
+        document = decoder.decode(text.decode(json.detect_encoding(text)))
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is not JSON: {error}") from error
     if not isinstance(document, dict):
@@ -230,13 +272,25 @@ def _from_json(data: Any, shape: tuple[int, ...], spec: Spec) -> Tensor:
             raise Problem(400, f"input {spec.name} must be a list of {shape[0]} strings")
         return [(_decode_base64 if spec.is_file else _encode)(element) for element in data]
     try:
-        found = np.array(data)
-        if found.dtype.kind not in ("iu" if spec.datatype == "INT64" else "iuf"):
-            raise ValueError(f"expected {spec.datatype}")
         with np.errstate(over="ignore"):  # becomes infinity, and that shows in the outputs
-            return found.astype(_DTYPES[spec.datatype]).reshape(shape)
+            return _numbers(data, spec.datatype).astype(_DTYPES[spec.datatype]).reshape(shape)
     except (ValueError, OverflowError, TypeError) as error:
         raise Problem(400, f"input {spec.name}: `data` cannot be used as {list(shape)}: {error}") from error
+
+
+def _numbers(data: list[Any], datatype: str) -> NDArray[Any]:
+    """Return the numbers of a list, or of lists in lists, in one row.
+
+    numpy would find all of that out by itself, and make room for the longest text as often as there are
+    elements before we could say that texts are no numbers.
+    """
+    while data and type(data[0]) is list:
+        if set(map(type, data)) != {list} or len(set(map(len, data))) != 1:
+            raise ValueError("its lists are not all of one length")
+        data = list(itertools.chain.from_iterable(data))
+    if not set(map(type, data)) <= ({int} if datatype == "INT64" else {int, float}):
+        raise ValueError(f"expected {datatype}")
+    return np.array(data, np.int64 if datatype == "INT64" else np.float64)
 
 
 def _decode_base64(text: str) -> bytes:

@@ -108,7 +108,14 @@ def test_many_pictures_at_once_take_no_more_memory_than_a_few(following: Client)
 
 
 def test_what_cannot_be_asked_is_refused(following: Client) -> None:
-    """A wrong batch size at once, an empty choice with the first answer."""
+    """A wrong batch size and what is not a list at once, an empty choice with the first answer."""
+    for single in ("photo.jpg", Path("photo.jpg"), b"GIF89a"):
+        with pytest.raises(
+            ClientError, match=r"expected a list of pictures, found a single .*put it in \[ \]"
+        ):
+            following.classify_stream(single)
+    with pytest.raises(ClientError, match="expected a list of labels, found a single str"):
+        following.classify_stream(PICTURES, "cat")
     with pytest.raises(ClientError, match="batch_size must be at least 1, found 0"):
         following.classify_stream(PICTURES, batch_size=0)
     with pytest.raises(ClientError, match="nothing to choose from"):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.client import Client
+from deploy.errors import ClientError
 from deploy.manifest import MANIFEST_NAME, Manifest, load_manifest, save_manifest
 from deploy.unknown import BACKGROUND, choose_background, rows_beside, unknown_scores
 from tests.deploy.swaps import PICTURES
@@ -52,6 +53,14 @@ def test_a_picture_of_what_a_class_names_is_less_unknown_than_one_of_the_backgro
     assert known < 0.5 < unknown
     assert following.classify(PICTURES[:1])[0].unknown is None
     assert 0 <= following.classify(PICTURES[:1], unknown=True)[0].unknown <= 1
+
+
+def test_labels_that_name_the_whole_background_have_no_unknown_score(following: Client) -> None:
+    """Nothing else is left to be like; one name beside them is enough."""
+    [answer] = following.classify(PICTURES[:1], list(BACKGROUND[1:]), unknown=True)
+    assert 0 < answer.unknown < 1
+    with pytest.raises(ClientError, match="ask with fewer labels, or without `unknown`"):
+        following.classify(PICTURES[:1], list(BACKGROUND), unknown=True)
 
 
 def test_a_temperature_in_the_manifest_softens_the_scores_and_changes_no_order(

@@ -26,7 +26,7 @@ function describe(path, method, operation) {
   return details;
 }
 
-const answer = await fetch("/openapi.json");
+const answer = await fetch("openapi.json");
 const interface_ = await answer.json();
 about.textContent = interface_.info.description;
 for (const [path, item] of Object.entries(interface_.paths)) {

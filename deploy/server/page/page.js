@@ -1,4 +1,5 @@
 // The page at /: sends a picture, shows labels and scores, and follows the live version.
+// Its paths are relative, so that a proxy may offer it under one of its own.
 
 const WAIT_SECONDS = 15;
 const PAUSE_MS = 1000;  // before asking again what gave no news
@@ -33,7 +34,7 @@ async function classify() {
   for (const label of labels.value.split(",").map((text) => text.trim()).filter(Boolean)) form.append("labels", label);
   const started = performance.now();
   try {
-    const answer = await ask("/classify", { method: "POST", body: form });
+    const answer = await ask("classify", { method: "POST", body: form });
     if (number === asked) show(answer, performance.now() - started);
   } catch (error) {
     if (number === asked) tell(error.message, true);
@@ -85,7 +86,7 @@ async function follow() {
   let pause = PAUSE_MS;
   try {
     // Answered when another version is live, or after some seconds.
-    const path = version === null ? "/version" : `/version?other_than=${version}`;
+    const path = version === null ? "version" : `version?other_than=${version}`;
     const live = await ask(path, { signal, headers: { Prefer: `wait=${WAIT_SECONDS}` } });
     if (live.model_version !== version || performance.now() - started > PAUSE_MS) pause = 0;
     badge.classList.remove("gone");

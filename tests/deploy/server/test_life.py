@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
 import pytest
@@ -72,7 +74,14 @@ def test_numbers_that_make_no_sense_are_refused(published: Path) -> None:
 
 def test_settings_survive_the_way_to_a_worker(published: Path) -> None:
     """What a worker reads is what the supervisor was told; the token stays out of every repr."""
-    settings = Settings(published, token=TOKEN, workers=3, trust=published / "keys", limits=Limits(images=7))
+    settings = Settings(
+        published,
+        token=TOKEN,
+        trust=published / "keys",
+        allow_hosts=("a.example", "b.example"),
+        workers=3,
+        limits=Limits(images=7),
+    )
 
     assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
     assert TOKEN not in repr(settings)
@@ -106,6 +115,34 @@ def test_a_web_page_of_another_site_cannot_keep_us_busy(http: httpx.Client) -> N
     assert http.get("/version", headers={"Origin": "https://evil.example"}).status_code == 403
     own = str(http.base_url).rstrip("/")
     assert http.get("/version", headers={"Origin": own}).status_code == 200
+
+
+def test_a_server_answers_to_its_own_address_and_to_the_names_it_was_told(published: Path) -> None:
+    """What a proxy passes on among them, with the pages that it serves; other names stay outside."""
+    options = ("--host", "127.0.0.2", "--allow-host", "Clip.example.org", "--allow-host", "other.example")
+    with serving_process(published, *options) as server:
+
+        def ask(**headers: str) -> int:
+            return server.client.get("/version", headers=headers).status_code
+
+        assert server.url.startswith("http://127.0.0.2:")
+        assert ask() == 200
+        for host in ("127.0.0.1", "127.9.9.9:80", "localhost", "clip.example.org", "other.example:443"):
+            assert ask(Host=host) == 200, host
+        for host in ("127.evil.example", "evil.example", "clip.example.org.evil.example", "0.0.0.0", ""):
+            assert ask(Host=host) == 403, host
+        assert ask(Host="clip.example.org", Origin="https://clip.example.org") == 200
+        assert ask(Host="127.0.0.1", Origin="https://clip.example.org") == 200
+        assert ask(Host="clip.example.org", Origin="https://evil.example") == 403
+        refusal = server.client.get("/version", headers={"Host": "evil.example"}).json()["error"]
+        assert "--allow-host" in refusal
+
+
+@pytest.mark.parametrize("name", ["https://clip.example.org", "clip.example.org:8000", "*", "", "a b"])
+def test_a_host_that_is_no_name_alone_is_refused(tmp_path: Path, name: str) -> None:
+    """Nothing would ever match it."""
+    with pytest.raises(ServerError, match="a name or an IPv4 address alone"):
+        Settings(tmp_path, allow_hosts=(name,))
 
 
 def test_a_unix_socket_serves_its_group_alone(published: Path, tmp_path: Path) -> None:
@@ -285,6 +322,17 @@ def test_the_pages_need_nothing_from_elsewhere(http: httpx.Client) -> None:
     for name in ("page.js", "docs.js", "page.css"):
         assert "://" not in http.get(f"/page/{name}").text
     assert http.get("/page/..%2Fapp.py").status_code == 404
+
+
+def test_the_pages_find_their_parts_under_any_path_of_a_proxy(http: httpx.Client) -> None:
+    """All that they name is relative to where they are."""
+    for page in ("/", "/docs"):
+        for target in re.findall(r'(?:href|src)="([^"]*)"', http.get(page).text):
+            there = urljoin(f"http://proxy.example/clip{page}", target)
+            assert there.startswith("http://proxy.example/clip/"), target
+            assert http.get(there.removeprefix("http://proxy.example/clip")).status_code == 200
+    for name in ("page.js", "docs.js"):
+        assert not re.search(r"""["'`]/""", http.get(f"/page/{name}").text)
 
 
 def test_the_openapi_document_tells_every_path(http: httpx.Client) -> None:

@@ -3,6 +3,8 @@
 import base64
 import json
 import struct
+import threading
+import time
 
 import httpx
 import numpy as np
@@ -119,7 +121,7 @@ def _vision(**changes) -> dict:
 IDS = [0] * 77
 BAD_REQUESTS = {
     "no JSON": ("vision", b"{", "not JSON"),
-    "deep JSON": ("vision", b"[" * 100_000, "not JSON"),
+    "deep JSON": ("vision", b"[" * 70_000, "not JSON"),
     "NaN": ("vision", b'{"inputs": NaN}', "not JSON"),
     "no object": ("vision", b"[]", "JSON object"),
     "no UTF-8": ("vision", b'"\xff"', "not JSON"),
@@ -158,6 +160,59 @@ def test_a_bad_request_is_told_what_is_wrong(http: httpx.Client, case: str) -> N
 
     assert answer.status_code == 400, answer.text
     assert expected in answer.json()["error"]
+
+
+def _with_data(data: bytes) -> bytes:
+    """A request for one row of pixel values, in JSON."""
+    start = b'{"inputs":[{"name":"pixel_values","datatype":"FP32","shape":[1,3,64,64],"data":['
+    return start + data + b"]}]}"
+
+
+# Made only when they are sent: they are large.
+COSTLY_REQUESTS = {
+    "lists": (lambda: b"[]," * (10 << 20) + b"[]", 413, "binary tensors"),
+    "numbers": (lambda: b"0," * (4 << 20) + b"0", 413, "binary tensors"),
+    "keys": (lambda: b"{" + b",".join(b'"%d":0' % at for at in range(1 << 18)) + b"}", 413, "binary tensors"),
+    "half characters": (lambda: b'"' + b"\xed\xa0\x80" * (10 << 20) + b'"', 400, "not JSON"),
+    "a long text": (lambda: b'"' + b"a" * (1 << 20) + b'"' + b",0" * 2000, 400, "expected FP32"),
+}
+
+
+@pytest.mark.parametrize("case", COSTLY_REQUESTS)
+def test_a_request_that_would_cost_much_holds_up_nobody(server: Server, case: str) -> None:
+    """Refused before it is made into objects: meanwhile others are answered."""
+    data, status, expected = COSTLY_REQUESTS[case]
+    content = _with_data(data())
+    answers: list[httpx.Response] = []
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        asking = threading.Thread(
+            target=lambda: answers.append(client.post("/v2/models/vision/infer", content=content))
+        )
+        asking.start()
+        slowest = 0.0
+        while asking.is_alive():
+            begun = time.monotonic()
+            server.client.get("/v2/health/live")
+            slowest = max(slowest, time.monotonic() - begun)
+        asking.join()
+
+    assert answers[0].status_code == status, answers[0].text[:200]
+    assert expected in answers[0].json()["error"]
+    assert slowest < 1
+
+
+def test_as_many_pictures_in_json_as_a_request_may_have_are_answered(
+    http: httpx.Client, loaded: LoadedVersion
+) -> None:
+    """Slowly, and like those of one in binary; lists within lists are taken, too."""
+    values = np.random.default_rng(0).integers(-2, 3, (64, 3, 64, 64)).astype(np.float32)
+    answer = http.post(
+        "/v2/models/vision/infer",
+        json={"inputs": [tensor("pixel_values", "FP32", values.shape, values.tolist())]},
+    )
+    expected = loaded.encode_pixels(values[-2:])
+    found = np.array(answer.json()["outputs"][0]["data"]).reshape(64, -1)
+    np.testing.assert_allclose(found[-2:], expected, atol=1e-5)
 
 
 def test_a_bad_row_fails_nobody_else(server: Server, loaded: LoadedVersion) -> None:
