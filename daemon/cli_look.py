@@ -108,7 +108,10 @@ def verify(options: Options, version: int | None, *, trust: Path | None) -> None
     manifest = store.manifest(number)
     if trust is not None:
         TrustedKeys.load(trust).load_manifest(store.path(number))
-    parent = None if manifest.parent is None else graph_hashes(store.manifest(manifest.parent).files)
+    # A regraph brings graphs of its own; any other version has its parent's.
+    parent = None
+    if manifest.parent is not None and manifest.kind != "regraph":
+        parent = graph_hashes(store.manifest(manifest.parent).files)
     with showing("warning") as view:
         view.update("verify", version=number)
         report = verify_version(store.path(number), parent_graphs=parent)

@@ -91,7 +91,7 @@ def test_the_same_weights_go_live_under_todays_graphs_and_all_goes_on(home, tmp_
     verify_version(store.path(2))
     np.testing.assert_allclose(embeddings(store, 2), embeddings(store, 1), atol=2e-6)
     assert "regraphed" in (home / "events.jsonl").read_text()
-    for command in ("versions", "show", "status"):
+    for command in ("versions", "show", "status", "verify"):
         assert dynlora(capsys, command, "--home", home)[0] == 0
 
     code, found = dynlora(capsys, "migrate", "--home", home)
