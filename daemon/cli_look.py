@@ -100,12 +100,19 @@ def classes(options: Options) -> None:
 def verify(options: Options, version: int | None, *, trust: Path | None) -> None:
     """Re-read a version (default: the live one): checksums, graphs, parity with its reference outputs."""
     from daemon.progress import showing
+    from deploy.errors import VerifyError
     from deploy.signing import TrustedKeys
+    from deploy.space import state_of
     from deploy.verify import graph_hashes, verify_version
 
     store = options.store()
     number = store.current() if version is None else version
     manifest = store.manifest(number)
+    if (state := state_of(store, number)) in {"thin", "pruned"}:
+        raise VerifyError(
+            f"version {number} has no weights to verify: it is {state}; "
+            f"`dynlora rebuild {number}` brings it back"
+        )
     if trust is not None:
         TrustedKeys.load(trust).load_manifest(store.path(number))
     # A regraph brings graphs of its own; any other version has its parent's.

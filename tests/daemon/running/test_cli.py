@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from daemon.home import create_home
 from tests.daemon.running.conftest import draw_class
+from tests.deploy.tiny import found_tiny, stage_update
 
 ROOT = Path(__file__).resolve().parents[3]
 READS = [
@@ -121,6 +123,19 @@ def test_work_that_fails_exits_with_1(dynlora, home, arguments, sentence):
     assert code == 1
     assert sentence in out
     json.loads(out)
+
+
+def test_verify_says_of_a_version_without_its_weights_how_it_comes_back(dynlora, tmp_path):
+    """Thin or pruned is no damage: the first file that is missing would say nothing to anybody."""
+    create_home(tmp_path / "home")
+    store = found_tiny(tmp_path / "home" / "serving")
+    for number in (1, 2, 3, 4):
+        store.publish(*stage_update(store, f"{number:06d}-x", [f"x {number}"]))
+    store.prune(keep_full=2)
+
+    code, _, err = dynlora("verify", "1", "--home", tmp_path / "home")
+    assert code == 1
+    assert "version 1 has no weights to verify: it is pruned; `dynlora rebuild 1` brings it back" in err
 
 
 def test_weights_cut_short_are_found_by_verify_and_refused_by_classify(dynlora, home, tmp_path):
