@@ -49,7 +49,9 @@ def open_plainly(path: Path, _: int) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def measure(ways: dict[str, tuple[Path, Callable[[Path, int], Any]]], inputs: Any, seconds: float) -> Any:
+def measure(
+    ways: dict[str, tuple[Path, Callable[[Path, int], Any]]], inputs: np.ndarray, seconds: float
+) -> tuple[dict[str, float], float]:
     """Median milliseconds a row, and the largest difference from the first way's answer."""
     (name,) = {path.name for path, _ in ways.values()}
     feed = {INPUTS[name]: inputs}

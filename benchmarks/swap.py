@@ -12,9 +12,9 @@ names.
 
 *steady*  requests while nothing is loaded; *loading*: those that overlap the loading and warming of a version
 *first*   the request that began first among those that a version answered, by the clock and by its thread's
-          time on a CPU: where a request is shorter than the turn that the kernel gives a thread, most callers
-          are answered within theirs, and one that begins late in it waits for all others; so also
-          the request that began first after any moment of steady time
+          time on a CPU; for comparison, the request that began first after any moment of steady time. Where a
+          request is shorter than the turn that the kernel gives a thread, most callers are answered within
+          theirs, and one that begins late in it waits for all others: by the clock both are slow then
 *growth*  of resident memory between two swaps, from the second fifth to the last, reckoned for 200 swaps
 
 The negative control is a client that keeps its old versions: it must fail the same check; to be done sooner,
@@ -99,8 +99,7 @@ def after_moments(starts: np.ndarray, is_loading: np.ndarray) -> np.ndarray:
     order = starts.argsort()
     moments = np.arange(starts.min(), starts.max(), MOMENT_SECONDS)
     rows = order[starts[order].searchsorted(moments)]
-    found: np.ndarray = rows[~is_loading[rows]]
-    return found
+    return rows[~is_loading[rows]]
 
 
 def describe(result: dict[str, Any]) -> str:

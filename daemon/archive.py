@@ -147,7 +147,11 @@ def _open_zipped(archive: Path, packed: zipfile.ZipFile, info: zipfile.ZipInfo) 
 
 @contextmanager
 def _known_methods(archive: Path) -> Iterator[None]:
-    """Say what to do about a method that this Python lacks or (NotImplementedError) zipfile does not know."""
+    """Turn zipfile's refusal of a compression that it does not know, or lacks here, into what to do about it.
+
+    Raises:
+        ArchiveError: zipfile raised RuntimeError, or NotImplementedError, which is one.
+    """
     try:
         yield
     except RuntimeError as error:

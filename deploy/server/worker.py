@@ -77,7 +77,7 @@ class Worker:
                   for label in slot.loaded.remembered_labels()]  # fmt: skip
         async with self._loading:
             try:
-                self._slots[epoch] = await asyncio.to_thread(self._load_slot, order["directory"], labels)
+                self._slots[epoch] = await asyncio.to_thread(self._load_trusted, order["directory"], labels)
             except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor decides what follows
                 if order["counts"]:
                     self._serving.state.metrics.swap_failed()
@@ -85,11 +85,12 @@ class Worker:
                 return
             if order.get("previous"):
                 with contextlib.suppress(Exception):  # pruned meanwhile: then nobody may ask for it
-                    self._previous = await asyncio.to_thread(self._load_slot, order["previous"], ())
+                    self._previous = await asyncio.to_thread(self._load_trusted, order["previous"], ())
         self._serving.state.metrics.swap_took("load", time.monotonic() - started)
         self._say("loaded", epoch)
 
-    def _load_slot(self, directory: str, labels: Sequence[str]) -> Slot:
+    def _load_trusted(self, directory: str, labels: Sequence[str]) -> Slot:
+        """Load a version, if one of the keys that are trusted has signed it, where there are such keys."""
         path = self._serving.state.settings.trust
         if path is not None and self._trust is None:
             self._trust = TrustedKeys.load(path)
@@ -130,7 +131,11 @@ class Worker:
 
 
 def _load_slot(directory: Path, labels: Sequence[str], trust: TrustedKeys | None = None) -> Slot:
-    """Load, check and warm a version; ``labels`` were asked about lately, the latest last."""
+    """Load, check and warm a version; ``labels`` were asked about lately, the latest last.
+
+    Raises:
+        DeployError: it cannot be used.
+    """
     loaded = LoadedVersion(directory, threads=1, trust=trust)
     try:
         loaded.check_parity()
